@@ -1,0 +1,55 @@
+"""What `train` and `resume` say at the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nano_moe.cli.output import duration, print_json
+from nano_moe.config import Recipe
+from nano_moe.runs import Run, load_model
+
+if TYPE_CHECKING:
+    from nano_moe.text.store import Corpus
+    from nano_moe.training.fit import Result
+
+
+def finish(run: Run, recipe: Recipe, corpus: Corpus, result: Result, *, as_json: bool) -> int:
+    """Print the outcome; the exit status."""
+    if result.stopped_by is not None:
+        print(
+            f"stopped at step {result.step} of {recipe.trainer.steps} by {result.stopped_by}; "
+            f"go on with: make resume RUN={run.name}",
+            file=sys.stderr,
+        )
+        return 128 + signal.Signals[result.stopped_by]
+    assert result.evaluation is not None
+    overall = result.evaluation.overall
+    if as_json:
+        figures = {"run": run.name, "step": result.step, "seconds": round(result.seconds, 1)}
+        print_json({**figures, **result.evaluation.as_json()})
+        return 0
+    print(
+        f"{run.path}: {result.step} steps in {duration(result.seconds)} of training\n"
+        f"validation loss {overall.ce:.4f} nats per token, {overall.bpb:.4f} bits per byte "
+        f"({overall.tokens:,} tokens)\n"
+        f"sample: {_sample(run, recipe, corpus)}\n"
+        f"TensorBoard: {_tensorboard()} --logdir {run.path.parent} --host 127.0.0.1"
+    )
+    return 0
+
+
+def _sample(run: Run, recipe: Recipe, corpus: Corpus) -> str:
+    from nano_moe.inference.generate import generate
+
+    _, model, _ = load_model(run)
+    prompt = recipe.trainer.sample_prompt
+    return prompt + "".join(generate(model, corpus.tokenizer, prompt, max_tokens=100))
+
+
+def _tensorboard() -> str:
+    script = Path(sys.executable).with_name("tensorboard")
+    return os.path.relpath(script) if script.exists() else "tensorboard"

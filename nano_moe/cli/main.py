@@ -1,0 +1,69 @@
+"""`nano-moe VERB …`: find the verb's file, parse, run, and turn faults into one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nano_moe.errors import UserError
+
+VERBS = {
+    "train": "train a recipe into a new run folder",
+    "resume": "go on with a stopped run, exactly where it was",
+    "eval": "score a run on the whole validation split",
+    "sample": "continue a prompt with a trained run",
+    "compare": "runs side by side at equal tokens, FLOPs and seconds",
+    "count": "parameters, FLOPs and bytes of a recipe",
+    "show": "the resolved recipe, after base and overrides",
+    "prepare": "read, split and tokenize a recipe's text",
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose faults are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; the exit status: 0 done, 2 the user's to mend, 128 + n stopped by signal n."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; check the path, its rights and the disk")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: nano-moe VERB …   (each verb has --help)\n")
+        print("\n".join(f"  {verb:<9}{text}" for verb, text in VERBS.items()))
+        return 0 if arguments else 2
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        raise UserError(f"nano-moe {verb}: no such verb; there are {', '.join(VERBS)}")
+    module = importlib.import_module(f"nano_moe.cli.{verb}")
+    parser = OneLineParser(prog=f"nano-moe {verb}", description=VERBS[verb])
+    module.configure(parser)
+    return module.run(parser.parse_intermixed_args(rest)) or 0
+
+
+def _fail(message: str) -> int:
+    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
+    return 2

@@ -1,0 +1,34 @@
+"""`resume RUN`: go on from last.ckpt, bit for bit as if never stopped."""
+
+from __future__ import annotations
+
+import argparse
+
+from nano_moe import accounting, runs
+from nano_moe.cli.arguments import add_json, add_run
+from nano_moe.cli.finish import finish
+from nano_moe.cli.output import print_count
+from nano_moe.errors import UserError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    found = runs.find(args.run)
+    recipe = found.recipe()
+    step = int(runs.read_checkpoint(found.last)["global_step"])
+    if step >= recipe.trainer.steps:
+        raise UserError(
+            f"{found.path}: finished at step {step}; nothing to resume, "
+            f"score it with: make eval RUN={found.name}"
+        )
+    print_count(str(found.recipe_file), accounting.count(recipe), to_stderr=args.json)
+    from nano_moe.text.store import prepare
+    from nano_moe.training.fit import fit
+
+    corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context)
+    result = fit(found, recipe, corpus, resume=True)
+    return finish(found, recipe, corpus, result, as_json=args.json)

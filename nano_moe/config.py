@@ -1,0 +1,347 @@
+"""The recipe: what a run is, field by field.
+
+A recipe has five parts: `model`, `data`, `optim`, `trainer` and a `seed`. Recipes are frozen and
+plain: nothing here knows YAML (`recipe_file.py` does), tensors, Lightning or the command line.
+Cross-field faults are raised as `FieldFault`, which names the field, the values and the remedy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+DOMAINS = (
+    "fiction_en",
+    "fiction_fr",
+    "geography",
+    "law",
+    "religion",
+    "encyclopedia_en",
+    "encyclopedia_es",
+    "code_python",
+)
+
+# GELU, MLA, capacity, noise, groups and the other schemes get their own fields when they exist.
+
+
+class FieldFault(ValueError):
+    """A fault between fields; `field` is relative to the section that raises it."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field = field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class MoEConfig(Section):
+    """The block that makes FFN layers sparse; its absence makes a dense model."""
+
+    n_experts: int = Field(ge=1, description="routed experts per sparse layer (E)")
+    top_k: int = Field(ge=1, description="routed experts each token visits (K)")
+    d_expert: int | None = Field(
+        default=None,
+        gt=0,
+        description="hidden width of one expert; omitted: d_ff / (top_k + n_shared_experts)",
+    )
+    n_shared_experts: int = Field(
+        default=0, ge=0, description="experts that every token visits, each d_expert wide"
+    )
+    first_k_dense: int = Field(default=0, ge=0, description="leading layers that stay dense")
+    every_n_layers: int = Field(
+        default=1, ge=1, description="layer i is sparse when (i + 1) divides by this"
+    )
+    score: Literal["softmax", "sigmoid"] = Field(
+        default="softmax", description="how router logits become scores"
+    )
+    normalize_top_k: bool | None = Field(
+        default=None,
+        description="divide the chosen scores by their sum; omitted: true for top_k > 1",
+    )
+    load_balancing_loss: float = Field(
+        default=0.0, ge=0, description="coefficient of the Switch load-balancing loss; 0: none"
+    )
+    router_z_loss: float = Field(
+        default=0.0, ge=0, description="coefficient of the ST-MoE router z-loss; 0: none"
+    )
+    bias_update_rate: float = Field(
+        default=0.0,
+        ge=0,
+        description="step of the aux-free selection bias per optimizer step; 0: no bias",
+    )
+    backend: Literal["auto", "loop", "grouped"] = Field(
+        default="auto", description="how tokens reach their experts; equal results"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> MoEConfig:
+        if self.top_k > self.n_experts:
+            raise FieldFault(
+                "top_k",
+                f"top_k={self.top_k} is more than n_experts={self.n_experts}; "
+                f"set top_k to at most {self.n_experts}",
+            )
+        if self.normalize_top_k and self.top_k == 1 and self.n_experts > 1:
+            raise FieldFault(
+                "normalize_top_k",
+                "true with top_k=1 makes every gate exactly 1, so the router gets no gradient; "
+                "set normalize_top_k to false",
+            )
+        if self.bias_update_rate > 0 and self.score == "softmax":
+            raise FieldFault(
+                "bias_update_rate",
+                "the sign rule needs scores of one scale; set score to sigmoid, "
+                "or balance with load_balancing_loss",
+            )
+        return self
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the chosen scores are divided by their sum (never for top-1: trap T1)."""
+        return self.top_k > 1 if self.normalize_top_k is None else self.normalize_top_k
+
+    @property
+    def n_active(self) -> int:
+        """Experts a token visits, shared ones included."""
+        return self.top_k + self.n_shared_experts
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) holds experts."""
+        return layer >= self.first_k_dense and (layer + 1) % self.every_n_layers == 0
+
+
+class ModelConfig(Section):
+    """The decoder: pre-norm, RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+
+    vocab_size: int = Field(ge=2, description="rows of the embedding; the tokenizer must fit")
+    context: int = Field(ge=2, description="longest sequence in tokens (T)")
+    n_layers: int = Field(ge=1, description="decoder blocks")
+    d_model: int = Field(ge=2, description="residual width (D)")
+    n_heads: int = Field(ge=1, description="query heads (H)")
+    n_kv_heads: int | None = Field(
+        default=None, ge=1, description="key/value heads; omitted: n_heads; fewer: GQA"
+    )
+    head_dim: int | None = Field(
+        default=None, ge=2, description="width of one head; omitted: d_model / n_heads"
+    )
+    d_ff: int = Field(ge=1, description="hidden width of a dense FFN; sizes the experts too")
+    qk_norm: bool = Field(default=False, description="RMSNorm of each query and key head")
+    tie_embeddings: bool = Field(default=True, description="the head reuses the embedding")
+    rope_theta: float = Field(default=10_000.0, gt=0, description="RoPE base")
+    norm_eps: float = Field(default=1e-6, gt=0, description="epsilon of every RMSNorm")
+    init_std: float = Field(
+        default=0.02, gt=0, description="std of all initial weights, before residual scaling"
+    )
+    moe: MoEConfig | None = Field(default=None, description="null: dense; a block: sparse")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        self._check_heads()
+        if self.moe is not None:
+            self._check_sparse_layers(self.moe)
+            self._check_expert_width(self.moe)
+        return self
+
+    def _check_heads(self) -> None:
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise FieldFault(
+                "n_heads",
+                f"n_heads={self.n_heads} does not divide d_model={self.d_model}; "
+                "change one of them or set head_dim",
+            )
+        if self.head_size % 2:
+            raise FieldFault(
+                "head_dim", f"RoPE needs an even head_dim, not {self.head_size}; change n_heads"
+            )
+        if self.n_heads % self.kv_heads:
+            raise FieldFault(
+                "n_kv_heads",
+                f"n_kv_heads={self.kv_heads} does not divide n_heads={self.n_heads}; "
+                "change one of them",
+            )
+
+    def _check_sparse_layers(self, moe: MoEConfig) -> None:
+        if not any(moe.is_sparse(layer) for layer in range(self.n_layers)):
+            raise FieldFault(
+                "moe.first_k_dense" if moe.first_k_dense else "moe.every_n_layers",
+                f"first_k_dense={moe.first_k_dense} and every_n_layers={moe.every_n_layers} leave "
+                f"none of n_layers={self.n_layers} sparse; lower them, or write moe: null",
+            )
+
+    def _check_expert_width(self, moe: MoEConfig) -> None:
+        if moe.d_expert is not None:
+            if moe.d_expert % 8:
+                raise FieldFault(
+                    "moe.d_expert",
+                    f"{moe.d_expert} is not a multiple of 8; nearest: {_nearest(moe.d_expert, 8)}",
+                )
+        elif self.d_ff % (8 * moe.n_active):
+            raise FieldFault(
+                "moe.d_expert",
+                f"omitted, and d_ff={self.d_ff} does not split into top_k + n_shared_experts="
+                f"{moe.n_active} experts of a width divisible by 8; nearest d_ff: "
+                f"{_nearest(self.d_ff, 8 * moe.n_active)}",
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of one expert (F), derived from equal active FLOPs when not given."""
+        assert self.moe is not None
+        return self.moe.d_expert or self.d_ff // self.moe.n_active
+
+    def is_sparse(self, layer: int) -> bool:
+        return self.moe is not None and self.moe.is_sparse(layer)
+
+
+class DataConfig(Section):
+    """Where text comes from and how it becomes tokens."""
+
+    files: tuple[str, ...] = Field(
+        default=(), description="own files or folders (.txt .jsonl .parquet), instead of domains"
+    )
+    domains: tuple[str, ...] = Field(
+        default=DOMAINS, description="embedded domains, read from installed packages"
+    )
+    bytes_per_domain: int = Field(
+        default=2_500_000, ge=1, description="UTF-8 bytes taken of each domain at most"
+    )
+    tokenizer: Literal["bpe", "byte", "gpt2", "char"] = Field(
+        default="bpe", description="bpe is trained on the training split"
+    )
+    gpt2_ranks: str | None = Field(
+        default=None, description="path of the r50k_base.tiktoken file; only for tokenizer: gpt2"
+    )
+    val_fraction: float = Field(
+        default=0.05, gt=0, lt=1, description="share of documents held out for validation"
+    )
+    cache: str = Field(default="data", description="folder in which prepared tokens land")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_files_replace_domains(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if isinstance(values.get("files"), str):
+            values["files"] = [values["files"]]
+        if values.get("files"):
+            values["domains"] = []
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+    @field_validator("domains")
+    @classmethod
+    def _known_domains(cls, domains: tuple[str, ...]) -> tuple[str, ...]:
+        for name in domains:
+            if name not in DOMAINS:
+                raise ValueError(f"no domain '{name}'; there are {', '.join(DOMAINS)}")
+        if len(set(domains)) < len(domains):
+            raise ValueError("a domain is named twice; name each once")
+        return domains
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if not self.files and not self.domains:
+            raise FieldFault("files", "no text is named; add data.files=PATH (a file or folder)")
+        if self.tokenizer == "gpt2" and not self.gpt2_ranks:
+            raise FieldFault(
+                "gpt2_ranks",
+                "tokenizer gpt2 needs it; set data.gpt2_ranks=PATH of r50k_base.tiktoken",
+            )
+        return self
+
+
+class OptimConfig(Section):
+    """The optimizer, its learning rates and their schedule."""
+
+    name: Literal["muon", "adamw"] = Field(
+        default="muon", description="muon: Muon for hidden matrices, AdamW for the rest"
+    )
+    lr: float = Field(gt=0, description="peak rate of hidden matrices, in AdamW's scale for both")
+    embedding_lr: float | None = Field(
+        default=None, gt=0, description="peak rate of embeddings, head and norms; omitted: lr"
+    )
+    router_lr: float | None = Field(
+        default=None, gt=0, description="peak rate of routers; omitted: embedding_lr"
+    )
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="decoupled; hidden matrices and experts only"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first-moment decay")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's second-moment decay")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
+    newton_schulz: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto", description="precision of Muon's iteration; auto: bf16 where it is native"
+    )
+    grad_clip: float = Field(default=1.0, ge=0, description="largest gradient norm; 0: no clip")
+    schedule: Literal["cosine", "wsd"] = Field(
+        default="cosine", description="after warm-up; wsd: warmup-stable-decay"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="linear from 0 to the peak")
+    decay_fraction: float = Field(
+        default=0.2, gt=0, le=1, description="wsd: share of all steps in the final linear decay"
+    )
+    min_lr_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="rate at the last step, as a share of the peak"
+    )
+
+
+class TrainerConfig(Section):
+    """How long, in what batches, in what precision, and how often to look."""
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch_size: int = Field(ge=1, description="sequences per micro-batch (B)")
+    accumulate: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 autocast on GPUs that have it, else fp32"
+    )
+    accelerator: Literal["auto", "cpu", "gpu"] = Field(
+        default="auto", description="auto: a GPU where there is one"
+    )
+    compile: bool = Field(default=False, description="torch.compile of the decoder; needs g++")
+    val_every: int = Field(default=100, ge=1, description="steps between validations")
+    save_every: int = Field(default=100, ge=1, description="steps between last.ckpt writes")
+    log_every: int = Field(default=10, ge=1, description="steps between rows of metrics")
+    sample_prompt: str = Field(default="The", description="continued once at the end of training")
+
+
+class Recipe(Section):
+    """A whole run. Paths in it are relative to the working directory."""
+
+    seed: int = Field(default=1337, ge=0, description="draws weights and data order")
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optim: OptimConfig
+    trainer: TrainerConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.optim.warmup_steps >= self.trainer.steps and self.optim.warmup_steps > 0:
+            raise FieldFault(
+                "optim.warmup_steps",
+                f"warmup_steps={self.optim.warmup_steps} leaves nothing of "
+                f"trainer.steps={self.trainer.steps}; lower it",
+            )
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.trainer.batch_size * self.trainer.accumulate * self.model.context
+
+
+def _nearest(width: int, multiple: int) -> str:
+    below = width // multiple * multiple
+    return f"{below} or {below + multiple}" if below else str(multiple)
+
+
+Data = DataConfig

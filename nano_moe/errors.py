@@ -1,0 +1,5 @@
+"""Errors that are the user's to mend: one line, no traceback, exit status 2."""
+
+
+class UserError(Exception):
+    """A fault in what the user gave; its text says what, where and what to do, in one line."""

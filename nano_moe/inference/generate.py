@@ -1,0 +1,82 @@
+"""Sample a continuation, token by token, as text that streams.
+
+Shapes: T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nano_moe.errors import UserError
+from nano_moe.model.gpt import GPT
+from nano_moe.text.tokenizer import Tokenizer
+
+
+def next_token_probabilities(
+    logits: Tensor, *, temperature: float, top_k: int | None, top_p: float
+) -> Tensor:
+    """Logits (V,) to the distribution to draw from (V,): temperature, then top-k, then top-p.
+
+    Temperature 0 puts everything on the likeliest token. Top-p keeps the smallest set of
+    likeliest tokens whose mass reaches `top_p` (Holtzman et al. 2020, eq. 2-3).
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
+    ranked, order = (logits / temperature).sort(descending=True, stable=True)
+    ranked = ranked.softmax(-1)
+    if top_k is not None:
+        ranked[top_k:] = 0
+    before = ranked.cumsum(-1) - ranked
+    ranked[before >= top_p * ranked.sum()] = 0
+    return torch.zeros_like(logits).index_copy_(0, order, ranked / ranked.sum())
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Yield pieces of text as they are sampled, until an end token or `max_tokens`.
+
+    An empty prompt starts a new document. The window slides when the context is full.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    ids = [tokenizer.end_id, *(int(i) for i in tokenizer.encode(prompt))]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for _ in range(max_tokens):
+        window = torch.tensor([ids[-model.config.context :]], device=device)
+        logits = model(window)[0][0, -1, : tokenizer.n_vocab].cpu()
+        probabilities = next_token_probabilities(
+            logits, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        token = int(torch.multinomial(probabilities, 1, generator=generator))
+        if token == tokenizer.end_id:
+            break
+        ids.append(token)
+        yield decoder.decode(tokenizer.decode_bytes([token]))
+    yield decoder.decode(b"", final=True)
+
+
+def check_sampling(*, max_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
+    """Raises UserError for settings that no distribution fits."""
+    if max_tokens < 1:
+        raise UserError(f"--tokens {max_tokens}: ask for at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"--temperature {temperature}: must be 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"--top-k {top_k}: must be at least 1")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p}: must be above 0 and at most 1")

@@ -1,0 +1,1 @@
+"""Tensors only: attention, FFNs, routing, balancing, the decoder."""

@@ -1,0 +1,114 @@
+"""The decoder: pre-norm blocks whose FFN is dense or sparse by the recipe.
+
+Shapes: B batch, T time, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nano_moe.config import ModelConfig
+from nano_moe.model.attention import Attention, rope_tables
+from nano_moe.model.ffn import FFN
+from nano_moe.model.moe import MoE
+from nano_moe.model.ops import RMSNorm, at_least_float32
+from nano_moe.model.routing import Router, Routing
+
+IGNORE = -100  # target of a position that is not scored
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        sparse = config.is_sparse(layer)
+        self.ffn: nn.Module = MoE(config) if sparse else FFN(config.d_model, config.d_ff)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Routing | None]:
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        y, routing = self.ffn(self.ffn_norm(x))
+        return x + y, routing
+
+
+class GPT(nn.Module):
+    """Tokens to next-token logits, and each sparse layer's routing."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        cos, sin = rope_tables(config.context, config.head_size, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def routers(self) -> list[Router]:
+        """The router of each sparse layer, in order."""
+        return [block.ffn.router for block in self.blocks if isinstance(block.ffn, MoE)]
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, list[Routing | None]]:
+        """tokens (B, T) int64 to logits (B, T, V), and per layer its routing (None: dense).
+
+        Raises ValueError when T is longer than the recipe's context.
+        """
+        length = tokens.shape[1]
+        if length > self.config.context:
+            raise ValueError(f"{length} tokens are more than context={self.config.context}")
+        x = self.embedding(tokens)  # (B, T, D)
+        routings: list[Routing | None] = []
+        for block in self.blocks:
+            x, routing = block(x, self.cos[:length], self.sin[:length])
+            routings.append(routing)
+        return self.head(self.norm(x)), routings
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Next-token cross-entropy in nats, in at least float32.
+
+    logits (B, T, V), targets (B, T) with IGNORE where unscored; scalar, or (B*T,) for "none".
+    """
+    wide = at_least_float32(logits.flatten(0, -2))
+    return F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+
+
+@torch.no_grad()
+def init_weights(model: GPT, seed: int) -> GPT:
+    """Draw every parameter from a generator of its own, seeded by (seed, name).
+
+    Norms are 1. Matrices are N(0, init_std), except the projections that write to the residual
+    stream (attention output, every FFN, expert and shared-expert down-projection), which are
+    N(0, init_std / sqrt(2 n_layers)) (Radford et al. 2019, sec. 2.3). Since a draw depends on
+    nothing but seed, name and shape, a dense and a sparse model of one seed share bitwise equal
+    embeddings, attention and norms.
+    """
+    residual_std = model.config.init_std / (2 * model.config.n_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+            continue
+        writes_residual = name.endswith(("o_proj.weight", "down", "down.weight"))
+        std = residual_std if writes_residual else model.config.init_std
+        generator = torch.Generator().manual_seed(_parameter_seed(seed, name))
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
+def _parameter_seed(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1  # torch seeds are signed 64-bit

@@ -1,0 +1,277 @@
+"""Recipe files: YAML with `base:` inheritance and `key=value` overrides, to a frozen `Recipe`.
+
+Apart from `config.py` because it has another reader: whoever changes what a recipe *says* looks
+there, whoever changes how faults are *reported* looks here. Every fault is a `UserError` of one
+line: file:line, dotted field, the fault, the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.scalarfloat import ScalarFloat
+from ruamel.yaml.scalarint import ScalarInt
+from ruamel.yaml.scalarstring import ScalarString
+
+from nano_moe.config import FieldFault, Recipe
+from nano_moe.errors import UserError
+
+MAX_BYTES = 1_000_000  # a recipe is a page of text, not a data file
+MAX_NODES = 10_000  # aliases can make a small file expand without end
+
+Keys = tuple[str, ...]
+
+
+class Tree(NamedTuple):
+    """Plain nested values, and where each dotted field was written."""
+
+    values: dict[str, Any]
+    origins: dict[Keys, str]
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, its bases and `key=value` overrides; raises UserError."""
+    tree = read_tree(Path(path))
+    for override in overrides:
+        tree = merge(tree, parse_override(override))
+    return validate(tree, str(path))
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load` reads back to an equal recipe."""
+    yaml = YAML()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.width = 100
+    out = io.StringIO()
+    yaml.dump(recipe.model_dump(mode="json"), out)
+    return out.getvalue()
+
+
+def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
+    """One file merged over its chain of `base:` files."""
+    resolved = path.resolve()
+    if resolved in seen:
+        chain = " -> ".join(str(p.name) for p in (*seen, resolved))
+        raise UserError(f"{path}: base: these files inherit in a circle ({chain}); break it")
+    tree = _parse(_read(path), str(path))
+    base = tree.values.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"{tree.origins[('base',)]}: base: must be the name of one file")
+    base_path = path.parent / base
+    if not base_path.is_file():
+        raise UserError(
+            f"{tree.origins[('base',)]}: base: no file {base_path}{_suggest_file(base_path)}"
+        )
+    return merge(read_tree(base_path, (*seen, resolved)), tree)
+
+
+def merge(under: Tree, over: Tree) -> Tree:
+    """`over` on top of `under`: mappings merge, anything else replaces."""
+    values = _merge_values(under.values, over.values)
+    return Tree(values, {**under.origins, **over.origins})
+
+
+def parse_override(text: str) -> Tree:
+    """`a.b=value`, the value read as YAML, to a one-leaf tree."""
+    key, equals, value = text.partition("=")
+    keys = tuple(key.strip().split("."))
+    if not equals or not all(keys):
+        raise UserError(f"override '{text}': write it as key=value, such as optim.lr=0.01")
+    where = f"override {text}"
+    try:
+        leaf = _plain(YAML().load(value) if value.strip() else None)
+    except YAMLError as error:
+        raise UserError(f"{where}: the value is not YAML; quote it") from error
+    if isinstance(leaf, dict):
+        raise UserError(f"{where}: give each field of a block its own override, or null")
+    values: Any = leaf
+    for part in reversed(keys):
+        values = {part: values}
+    return Tree(values, {keys[: n + 1]: where for n in range(len(keys))})
+
+
+def validate(tree: Tree, source: str) -> Recipe:
+    """Check a merged tree against the schema; the first fault becomes one line."""
+    try:
+        return Recipe.model_validate(tree.values)
+    except ValidationError as error:
+        faults = [_describe(fault, tree, source) for fault in error.errors()]
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise UserError(faults[0] + more) from error
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: larger than {MAX_BYTES} bytes; this is not a recipe")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe{_suggest_file(path)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a recipe file") from None
+
+
+def _suggest_file(path: Path) -> str:
+    try:
+        names = sorted(p.name for p in path.parent.glob("*.yaml"))
+    except OSError:
+        names = []
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    if close:
+        return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?"
+    return f"; {path.parent}{os.sep} holds {', '.join(names)}" if names else ""
+
+
+def _parse(text: str, source: str) -> Tree:
+    try:
+        node = YAML().load(text)
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        field = str(error.problem).split('"')[1] if '"' in str(error.problem) else "a key"
+        raise UserError(f"{source}:{line}: {field}: written twice; keep one") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise UserError(f"{source}:{line}: not YAML ({error.problem}); mend this line") from None
+    except (YAMLError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else "unreadable"
+        raise UserError(f"{source}: not YAML ({first}); mend the file") from None
+    if not isinstance(node, CommentedMap):
+        raise UserError(f"{source}: a recipe is a mapping of fields; this file holds none")
+    values = _plain(node, source=source)
+    return Tree(values, dict(_origins(node, source, ())))
+
+
+def _plain(node: Any, source: str = "", budget: list[int] | None = None) -> Any:
+    """ruamel's decorated values as plain Python ones; bounded, since aliases multiply."""
+    budget = [MAX_NODES] if budget is None else budget
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise UserError(f"{source or 'override'}: expands to more than {MAX_NODES} values")
+    if isinstance(node, CommentedMap):
+        return {str(k): _plain(v, source, budget) for k, v in node.items()}
+    if isinstance(node, CommentedSeq):
+        return [_plain(v, source, budget) for v in node]
+    for kind, plain in ((ScalarFloat, float), (ScalarInt, int), (ScalarString, str)):
+        if isinstance(node, kind):
+            return plain(node)
+    return node
+
+
+def _origins(node: CommentedMap, source: str, prefix: Keys) -> Iterator[tuple[Keys, str]]:
+    for key, value in node.items():
+        keys = (*prefix, str(key))
+        yield keys, f"{source}:{node.lc.key(key)[0] + 1}"
+        if isinstance(value, CommentedMap):
+            yield from _origins(value, source, keys)
+
+
+def _merge_values(under: Any, over: Any) -> Any:
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return over
+    merged = dict(under)
+    for key, value in over.items():
+        merged[key] = _merge_values(under[key], value) if key in under else value
+    return merged
+
+
+# --- faults --------------------------------------------------------------------------------------
+
+
+def _describe(fault: Any, tree: Tree, source: str) -> str:
+    keys = tuple(str(part) for part in fault["loc"])
+    message, remedy_needed = _message(fault, keys)
+    error = fault.get("ctx", {}).get("error")
+    if isinstance(error, FieldFault):
+        keys = (*keys, *error.field.split("."))
+    where = _origin(keys, tree.origins, source)
+    hint = _did_you_mean(keys) if remedy_needed else ""
+    return f"{where}: {'.'.join(keys)}: {message}{hint}"
+
+
+def _origin(keys: Keys, origins: dict[Keys, str], source: str) -> str:
+    for length in range(len(keys), 0, -1):
+        if keys[:length] in origins:
+            return origins[keys[:length]]
+    return source
+
+
+def _message(fault: Any, keys: Keys) -> tuple[str, bool]:
+    """The fault in words, and whether the field's name itself is the fault."""
+    kind, given, ctx = fault["type"], fault.get("input"), fault.get("ctx", {})
+    if kind == "extra_forbidden":
+        return "no such field", True
+    if kind == "missing":
+        return "missing; this field has no default, so add it", False
+    if kind == "value_error":
+        return str(ctx["error"]), False
+    if kind == "literal_error":
+        return f"{given!r} is not one of {ctx['expected']}", False
+    wants = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "string_type": "text (quote it if it looks like a number)",
+        "tuple_type": "a list",
+        "model_type": "a block of fields, not a single value",
+        "model_attributes_type": "a block of fields, not a single value",
+        "dict_type": "a block of fields, not a single value",
+        "finite_number": "a finite number",
+    }
+    if kind in wants:
+        return f"must be {wants[kind]}, not {given!r}", False
+    return f"{fault['msg'].removeprefix('Input ')}, not {given!r}", False
+
+
+def _did_you_mean(keys: Keys) -> str:
+    section = _section(keys[:-1])
+    names = [] if section is None else list(section.model_fields)
+    close = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    elsewhere = [dotted for dotted in _all_fields(Recipe, ()) if dotted[-1] == keys[-1]]
+    if elsewhere:
+        return f"; did you mean '{'.'.join(elsewhere[0])}'?"
+    return f"; there are {', '.join(names)}" if names else "; remove it"
+
+
+def _section(keys: Keys) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = Recipe
+    for key in keys:
+        field = model.model_fields.get(key) if model else None
+        model = _model_in(field.annotation) if field else None
+    return model
+
+
+def _all_fields(model: type[BaseModel], prefix: Keys) -> Iterator[Keys]:
+    for name, field in model.model_fields.items():
+        yield (*prefix, name)
+        inner = _model_in(field.annotation)
+        if inner is not None:
+            yield from _all_fields(inner, (*prefix, name))
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation such as `MoE | None`."""
+    for kind in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None

@@ -1,0 +1,277 @@
+"""The run folder `checkpoints/<name>/`: create, describe, find, load back. No Lightning.
+
+recipe.yaml     the resolved recipe; re-runs as it is
+manifest.json   git commit, versions, device, seed, corpus hash, parameter counts
+tokenizer.json  what turns text into this run's tokens
+metrics.csv     one row per logged step, beside TensorBoard's event files
+last.ckpt       everything needed to go on; best.ckpt: the lowest validation loss
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nano_moe import recipe_file
+from nano_moe.accounting import count
+from nano_moe.config import Recipe
+from nano_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from nano_moe.model.gpt import GPT
+
+ROOT = Path("checkpoints")
+SCHEMA = 1  # of a checkpoint's contents; raised when an older reader would misread it
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+PACKAGES = ("nano-moe", "torch", "lightning", "numpy", "tiktoken", "rustbpe")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; its files may or may not exist yet."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.ckpt"
+
+    def recipe(self) -> Recipe:
+        return recipe_file.load(self.recipe_file)
+
+    def manifest(self) -> dict[str, Any]:
+        return read_json(self.manifest_file)
+
+
+def create(recipe: Recipe, *, stem: str, name: str | None = None, root: Path = ROOT) -> Run:
+    """Claim a new folder, atomically, and write the resolved recipe; raises UserError.
+
+    Without a name it is `<stem>-<n>` with the next free number. Nothing is ever overwritten.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    run = Run(_claim_next(root, stem) if name is None else _claim(root, name))
+    write_text(run.recipe_file, recipe_file.dump(recipe))
+    return run
+
+
+def check_name_is_free(name: str, root: Path = ROOT) -> None:
+    """Raises UserError where a run of that name could not be created."""
+    if not NAME.fullmatch(name):
+        raise UserError(
+            f"run name '{name}': use letters, digits, '.', '_' and '-' only, at most 100, "
+            "starting with a letter or digit"
+        )
+    if (root / name).exists():
+        raise UserError(
+            f"{root / name}: a run of this name exists and is not overwritten; "
+            f"choose another name, or go on with it: make resume RUN={name}"
+        )
+
+
+def stem_of(recipe_path: Path) -> str:
+    """What unnamed runs of a recipe file are called: its name, or its run's without the number."""
+    stem = recipe_path.stem
+    if recipe_path.name == "recipe.yaml":
+        stem = re.sub(r"-\d+$", "", recipe_path.resolve().parent.name)
+    return re.sub(r"[^A-Za-z0-9._-]", "-", stem).strip("-.") or "run"
+
+
+def find(name: str, root: Path = ROOT) -> Run:
+    """The run of that name under `root`, or at that path; raises UserError with near names."""
+    for path in (root / name, Path(name)) if NAME.fullmatch(name) else (Path(name),):
+        if path.is_dir() and (path / "recipe.yaml").is_file():
+            return Run(path)
+        if path.is_dir() and path != root:
+            raise UserError(f"{path}: not a run folder (it holds no recipe.yaml)")
+    names = sorted(p.parent.name for p in root.glob("*/recipe.yaml"))
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
+    known = f"nearest: {', '.join(close)}" if close else f"{root}{os.sep} holds no run yet"
+    raise UserError(f"run '{name}': no such run; {known}")
+
+
+def describe(recipe: Recipe, *, corpus: Any, device: str, tokens: int) -> dict[str, Any]:
+    """The manifest: what made this run, enough to repeat or to doubt it."""
+    counted = count(recipe)
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "device": device,
+        "seed": recipe.seed,
+        "corpus": {"sha256": corpus.sha256, "path": str(corpus.path), "train_tokens": tokens},
+        "parameters": {
+            "total": counted.total_params,
+            "active": counted.active_params,
+            "embedding": counted.embedding_params,
+            "router": counted.router_params,
+        },
+        "train_flops_per_token": counted.train_flops_per_token,
+    }
+
+
+def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
+    """A checkpoint of ours, unpickled with `weights_only=True` alone; raises UserError."""
+    import torch
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; the run may not have saved one yet")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises many kinds for truncated or foreign files
+        reason = (str(error).splitlines() or ["unreadable"])[0].split(". ")[0][:120]
+        raise UserError(
+            f"{path}: not a readable checkpoint ({reason}); it is truncated or foreign, "
+            "use another checkpoint of the run"
+        ) from error
+    check_schema(checkpoint, path)
+    return checkpoint
+
+
+def check_schema(checkpoint: Any, path: Path) -> None:
+    """Raises UserError for a foreign checkpoint or one written by a newer version."""
+    ours = checkpoint.get("nano_moe") if isinstance(checkpoint, dict) else None
+    if not isinstance(ours, dict) or "schema" not in ours:
+        raise UserError(f"{path}: a checkpoint, but not one of nano_moe; give a run of this kit")
+    if ours["schema"] > SCHEMA:
+        raise UserError(
+            f"{path}: written with checkpoint schema {ours['schema']}, this version reads up to "
+            f"{SCHEMA}; update nano_moe"
+        )
+
+
+def load_model(run: Run, *, device: str = "cpu") -> tuple[Recipe, GPT, int]:
+    """Recipe, trained decoder in eval mode, and the step it was saved at; best.ckpt if there is."""
+    from nano_moe.model.gpt import GPT
+
+    recipe = run.recipe()
+    path = run.best if run.best.is_file() else run.last
+    checkpoint = read_checkpoint(path, device)
+    model = GPT(recipe.model)
+    state = {
+        key.removeprefix("model."): value
+        for key, value in checkpoint["state_dict"].items()
+        if key.startswith("model.")
+    }
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(
+            f"{path}: its weights do not fit {run.recipe_file} ({fault[:160]}); "
+            "one of the two was changed"
+        ) from error
+    return recipe, model.to(device).eval(), int(checkpoint["global_step"])
+
+
+def check_corpus(run: Run, corpus: Any) -> None:
+    """Raises UserError where the text or the vocabulary is not what the run was trained on."""
+    trained_on = run.manifest().get("corpus", {}).get("sha256")
+    if trained_on != corpus.sha256:
+        raise UserError(
+            f"{run.manifest_file}: trained on corpus {str(trained_on)[:12]}, but {corpus.path} is "
+            f"{corpus.sha256[:12]} now: text or vocabulary differ; restore the files and packages "
+            "it was prepared from, or train a new run"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; this run folder is incomplete") from None
+    except (ValueError, UnicodeDecodeError):
+        raise UserError(f"{path}: not JSON; this run folder is damaged") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree this package runs from, `+dirty` when changed; None outside git."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        dirty = "+dirty" if git("status", "--porcelain", "--", str(here)) else ""
+        return git("rev-parse", "HEAD") + dirty
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _claim(root: Path, name: str) -> Path:
+    check_name_is_free(name, root)
+    try:
+        (root / name).mkdir()
+    except FileExistsError:
+        check_name_is_free(name, root)
+        raise
+    return root / name
+
+
+def _claim_next(root: Path, stem: str) -> Path:
+    taken = [re.fullmatch(re.escape(stem) + r"-(\d+)", p.name) for p in root.iterdir()]
+    number = max((int(match[1]) for match in taken if match), default=0) + 1
+    while True:
+        try:
+            (root / f"{stem}-{number}").mkdir()
+            return root / f"{stem}-{number}"
+        except FileExistsError:
+            number += 1
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

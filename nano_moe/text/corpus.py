@@ -1,0 +1,78 @@
+"""From the recipe's `data` section to documents, and from documents to the two splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from nano_moe.config import Data
+from nano_moe.errors import UserError
+from nano_moe.text import embedded, files
+from nano_moe.text.split import Document, cut_long, split_by_name
+
+__all__ = ["Document", "Sources", "documents", "split"]
+
+LEAST_VAL_BYTES = 50_000  # of each embedded domain, where its share lets one expect it
+
+
+class Sources(NamedTuple):
+    """What was found to read, and what the text depends on (package versions, file contents)."""
+
+    embedded: list[embedded.Found]
+    files: list[files.TextFile]
+
+    @property
+    def identity(self) -> list[str]:
+        found = [f"{here.domain} {here.identity}" for here in self.embedded]
+        return found + [file.identity for file in self.files]
+
+
+def sources(data: Data) -> Sources:
+    """Locate the text without reading it. Raises UserError when there is none."""
+    if data.files:
+        return Sources([], files.listed(data.files))
+    return Sources(embedded.present(data.domains), [])
+
+
+def documents(data: Data, found: Sources | None = None) -> Iterator[Document]:
+    """All documents, domain by domain, long ones cut.
+
+    A lone file of the user's stays whole, since it is split from its end. Raises UserError for
+    text that is missing, empty or not text.
+    """
+    found = found or sources(data)
+    for domain in found.embedded:
+        yield from embedded.taken(domain, data.bytes_per_domain)
+    if found.files:
+        own = list(files.read(found.files))
+        for document in own:
+            yield from [document] if len(own) == 1 else cut_long(document)
+
+
+def split(everything: list[Document], data: Data) -> tuple[list[Document], list[Document]]:
+    """(training, validation): each embedded domain by itself, the user's documents together.
+
+    Raises UserError when an embedded domain keeps too little text for validation.
+    """
+    groups: dict[str, list[Document]] = {}
+    for document in everything:
+        groups.setdefault("" if data.files else document.domain, []).append(document)
+    train: list[Document] = []
+    val: list[Document] = []
+    for domain, group in groups.items():
+        train_part, val_part = split_by_name(group, data.val_fraction)
+        if not data.files:
+            _check_validation(domain, sum(document.n_bytes for document in val_part), data)
+        train += train_part
+        val += val_part
+    return train, val
+
+
+def _check_validation(domain: str, n_bytes: int, data: Data) -> None:
+    expected = data.bytes_per_domain * data.val_fraction
+    least = LEAST_VAL_BYTES if expected >= 2 * LEAST_VAL_BYTES else 1
+    if n_bytes < least:
+        raise UserError(
+            f"domain {domain} keeps {n_bytes:,} bytes for validation, fewer than {least:,}; "
+            f"raise data.val_fraction={data.val_fraction} or drop the domain from data.domains"
+        )

@@ -1,0 +1,1 @@
+"""Lightning: modules, optimizers, telemetry, checkpoints, fit."""

@@ -1,0 +1,129 @@
+"""Train a recipe into a run folder, or go on where its last.ckpt stands."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+
+from nano_moe.config import Recipe
+from nano_moe.errors import UserError
+from nano_moe.evaluation import Evaluation
+from nano_moe.runs import Run, check_corpus, describe, read_checkpoint, write_json
+from nano_moe.text.store import Corpus
+from nano_moe.training.checkpoint import AtomicCheckpointIO, SaveLast
+from nano_moe.training.clock import Clock
+from nano_moe.training.data import TokenData
+from nano_moe.training.module import Decoder, NonFiniteTraining
+from nano_moe.training.nonfinite import report_nonfinite
+from nano_moe.training.optimizers import native_bf16
+from nano_moe.training.progress import Progress
+from nano_moe.training.signals import StopSignal
+from nano_moe.training.telemetry import Recorder, Telemetry
+from nano_moe.training.validation import Validation
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended."""
+
+    step: int
+    seconds: float  # of training alone
+    evaluation: Evaluation | None  # of the last step; None when stopped before it
+    stopped_by: str | None  # the signal's name, None when all steps were done
+
+
+def fit(
+    run: Run, recipe: Recipe, corpus: Corpus, *, resume: bool = False, progress: bool = True
+) -> Result:
+    """Train to the recipe's last step; raises UserError on bad input and on non-finite loss."""
+    device, precision = choose_device(recipe), choose_precision(recipe)
+    start = prepare_run(run, recipe, corpus, device, resume=resume)
+    _quiet()
+    clock, stop = Clock(), StopSignal()
+    recorder = Recorder(run, start)
+    telemetry = Telemetry(recorder, clock, recipe.trainer.log_every, recipe.tokens_per_step)
+    validation = Validation(run, corpus, recorder, clock, precision)
+    bar = Progress(recipe.tokens_per_step, clock, validation, progress)
+    save = SaveLast(run, recipe.trainer.save_every, stop, clock)
+    trainer = _trainer(recipe, device, precision, [stop, telemetry, validation, bar, save])
+    module = Decoder(recipe)
+    if recipe.trainer.compile:
+        module.model.compile()
+    try:
+        data = TokenData(corpus, recipe)
+        trainer.fit(module, data, ckpt_path=str(run.last) if resume else None)
+    except NonFiniteTraining as error:
+        raise report_nonfinite(error, run, module) from error
+    finally:
+        recorder.close()
+    name = None if stop.signal is None else stop.signal.name
+    finished = trainer.global_step >= recipe.trainer.steps
+    return Result(
+        step=trainer.global_step,
+        seconds=clock.read(),
+        evaluation=validation.latest if finished else None,
+        stopped_by=None if finished else name,
+    )
+
+
+def prepare_run(
+    run: Run, recipe: Recipe, corpus: Corpus, device: torch.device, *, resume: bool
+) -> int | None:
+    """Write what describes a new run, or check what is resumed; its step, None for a new run."""
+    if resume:
+        check_corpus(run, corpus)
+        return int(read_checkpoint(run.last)["global_step"])
+    corpus.tokenizer.save(run.tokenizer_file)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    tokens = len(corpus.train)
+    write_json(run.manifest_file, describe(recipe, corpus=corpus, device=name, tokens=tokens))
+    return None
+
+
+def choose_device(recipe: Recipe) -> torch.device:
+    """The device a recipe asks for; raises UserError where there is none."""
+    available = torch.cuda.is_available()
+    if recipe.trainer.accelerator == "gpu" and not available:
+        raise UserError("trainer.accelerator: gpu, but no CUDA GPU is usable; set it to auto")
+    use_gpu = available and recipe.trainer.accelerator != "cpu"
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def choose_precision(recipe: Recipe) -> str:
+    """ "fp32" or "bf16"; `auto` is bf16 on GPUs that have it and fp32 elsewhere."""
+    if recipe.trainer.precision != "auto":
+        return recipe.trainer.precision
+    device = choose_device(recipe)
+    return "bf16" if device.type == "cuda" and native_bf16(device) else "fp32"
+
+
+def _trainer(
+    recipe: Recipe, device: torch.device, precision: str, callbacks: list[L.Callback]
+) -> L.Trainer:
+    return L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        max_steps=recipe.trainer.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=recipe.trainer.accumulate,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _quiet() -> None:
+    """Our own output says what the trainer's notes would."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in (".*does not have many workers.*", ".*dataloader is not resumable.*"):
+        warnings.filterwarnings("ignore", text)

@@ -1,0 +1,157 @@
+"""The Lightning module: one training step, its losses, balancing and gradient norms.
+
+Shapes: B batch, T time, L sparse layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from nano_moe.accounting import count
+from nano_moe.config import Recipe
+from nano_moe.errors import UserError
+from nano_moe.model.balance import (
+    load_balancing_loss,
+    router_entropy,
+    router_z_loss,
+    updated_expert_bias,
+)
+from nano_moe.model.gpt import GPT, cross_entropy, init_weights
+from nano_moe.model.routing import Routing
+from nano_moe.runs import SCHEMA
+from nano_moe.training.optimizers import MuonAdamW, parameter_groups
+from nano_moe.training.schedule import multiplier
+
+
+class NonFiniteTraining(UserError):
+    """Loss or gradients are not finite; raised before the optimizer step that would keep them."""
+
+
+class Decoder(L.LightningModule):
+    """GPT plus what training adds: losses, optimizer, aux-free bias steps."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__()
+        self.recipe = recipe
+        self.model = init_weights(GPT(recipe.model), recipe.seed)
+        self.layers = [i for i in range(recipe.model.n_layers) if recipe.model.is_sparse(i)]
+        self.train_flops_per_token = count(recipe).train_flops_per_token
+        self.gradient_norms: dict[str, Tensor] = {}
+        self._step_counts: Tensor | None = None  # (L, E), summed over one optimizer step
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:  # (B, T + 1)
+        logits, routings = self.model(batch[:, :-1])
+        ce = cross_entropy(logits, batch[:, 1:])
+        sparse = [routing for routing in routings if routing is not None]
+        terms = balance_terms(sparse)
+        loss = ce + self._weighted(terms)
+        self._loss = loss.detach()
+        output = {"loss": loss, "ce": ce.detach()}
+        if sparse:
+            counts = torch.stack([routing.counts for routing in sparse])
+            entropy = [router_entropy(routing.probs.detach()) for routing in sparse]
+            output |= {name: term.detach() for name, term in terms.items()}
+            output |= {"counts": counts, "router_entropy": torch.stack(entropy)}
+            previous = self._step_counts
+            self._step_counts = counts if previous is None else previous + counts
+        return output
+
+    def _weighted(self, terms: dict[str, Tensor]) -> Tensor | float:
+        """Coefficient times term, each summed over layers: equal strength at any depth."""
+        moe = self.recipe.model.moe
+        if moe is None:
+            return 0.0
+        coefficients = {
+            "load_balancing_loss": moe.load_balancing_loss,
+            "router_z_loss": moe.router_z_loss,
+        }
+        return sum(
+            (coefficients[name] * term.sum() for name, term in terms.items() if coefficients[name]),
+            start=torch.zeros((), device=self.device),
+        )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.gradient_norms = gradient_norms(self.model)
+        norm = self.gradient_norms["total"].item()
+        if not math.isfinite(norm):
+            loss = self._loss.item()
+            raise NonFiniteTraining(
+                f"step {self.global_step + 1}: loss is {loss:g} and the gradient norm {norm:g}"
+            )
+        rate = self.recipe.model.moe.bias_update_rate if self.recipe.model.moe else 0.0
+        if rate and self._step_counts is not None:
+            for router, counts in zip(self.model.routers, self._step_counts, strict=True):
+                assert router.expert_bias is not None
+                bias = updated_expert_bias(bias=router.expert_bias, counts=counts, rate=rate)
+                router.expert_bias.copy_(bias)
+        self._step_counts = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Scale all gradients to the recipe's largest norm, by the norm already computed."""
+        limit = self.recipe.optim.grad_clip
+        if limit <= 0:
+            return
+        scale = (limit / (self.gradient_norms["total"] + 1e-6)).clamp(max=1.0)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale.to(parameter.grad.dtype))
+
+    def configure_optimizers(self) -> Any:
+        config, steps = self.recipe.optim, self.recipe.trainer.steps
+        optimizer = MuonAdamW(parameter_groups(self.model, config), config)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: multiplier(min(step, steps - 1), steps, config)
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng["cuda"] = torch.cuda.get_rng_state()
+        checkpoint["nano_moe"] = {
+            "schema": SCHEMA,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "rng": rng,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        rng = checkpoint["nano_moe"]["rng"]
+        torch.set_rng_state(rng["cpu"].cpu())
+        if torch.cuda.is_available() and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"].cpu())
+
+
+def balance_terms(sparse: list[Routing]) -> dict[str, Tensor]:
+    """Raw balancing terms per sparse layer, each (L,); empty for a dense model."""
+    if not sparse:
+        return {}
+    return {
+        "load_balancing_loss": torch.stack(
+            [load_balancing_loss(counts=r.counts, probs=r.probs) for r in sparse]
+        ),
+        "router_z_loss": torch.stack([router_z_loss(logits=r.logits) for r in sparse]),
+    }
+
+
+def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Norm of all gradients, and of routers' and experts' alone where there are any."""
+    squares: dict[str, list[Tensor]] = {"total": [], "router": [], "experts": []}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        square = parameter.grad.detach().float().square().sum()
+        squares["total"].append(square)
+        for part in ("router", "experts"):
+            if f".{part}." in name:
+                squares[part].append(square)
+    return {part: torch.stack(values).sum().sqrt() for part, values in squares.items() if values}

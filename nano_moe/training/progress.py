@@ -1,0 +1,48 @@
+"""The training progress bar: loss, tokens per second, time left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from tqdm import tqdm
+
+from nano_moe.training.clock import Clock
+from nano_moe.training.step_callback import StepCallback
+
+
+class Progress(StepCallback):
+    """One line on stderr, a tick per optimizer step."""
+
+    def __init__(self, tokens_per_step: int, clock: Clock, validation: Any, enabled: bool):
+        self.tokens_per_step, self.clock = tokens_per_step, clock
+        self.validation, self.enabled = validation, enabled
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            desc="train",
+            unit="step",
+            disable=not self.enabled,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+        self._from = (trainer.global_step, self.clock.read())
+
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+        if self.bar is None:
+            return
+        step, seconds = trainer.global_step, self.clock.read()
+        rate = (step - self._from[0]) * self.tokens_per_step / max(seconds - self._from[1], 1e-9)
+        figures = {"ce": f"{outputs['ce'].item():.3f}", "tok/s": f"{rate:,.0f}"}
+        if self.validation.latest is not None:
+            figures["val"] = f"{self.validation.latest.overall.ce:.3f}"
+        self.bar.set_postfix(figures, refresh=False)
+        self.bar.update(1)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,181 @@
+"""What a run writes about itself: metrics.csv and TensorBoard events under one tag scheme.
+
+    train/<loss>              ce, loss, load_balancing_loss, router_z_loss
+    val/ce, val/bpb           overall; val_bpb/<domain> per domain
+    moe/layer<l>/<figure>     max_vio, load_entropy, max_share, dead_experts, router_entropy
+    moe_load/layer<l>/<e>     share of assignments that expert e took
+    optim/lr/<group>, grad_norm/<part>, speed/tokens_per_second, speed/mfu
+
+Shapes: L sparse layers, E experts.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from nano_moe.model.balance import load_statistics
+from nano_moe.runs import Run, write_text
+from nano_moe.training.clock import Clock
+from nano_moe.training.step_callback import StepCallback
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "flops",
+    "seconds",
+    "train/ce",
+    "train/load_balancing_loss",
+    "train/router_z_loss",
+    "val/ce",
+    "val/bpb",
+)
+SCALARS = ("loss", "ce", "load_balancing_loss", "router_z_loss")
+# Dense bf16 peak in FLOP/s from the makers' data sheets, by a part of the device's name.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+class Recorder:
+    """Rows of figures to metrics.csv and, tag by tag, to TensorBoard."""
+
+    def __init__(self, run: Run, resumed_at: int | None):
+        self.path = run.metrics_file
+        if resumed_at is None:
+            write_text(self.path, ",".join(COLUMNS) + "\n")
+        else:
+            _drop_rows_after(self.path, resumed_at)
+        purge = None if resumed_at is None else resumed_at + 1
+        self.events = SummaryWriter(log_dir=str(run.path), purge_step=purge)
+
+    def write(self, step: int, row: dict[str, float], scalars: dict[str, float]) -> None:
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerow({"step": step, **row})
+        for tag, value in scalars.items():
+            self.events.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        self.events.close()
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Rows past the checkpoint are written anew; a row cut short by a crash goes too."""
+    if not path.is_file():
+        write_text(path, ",".join(COLUMNS) + "\n")
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    whole = [line for line in lines[1:] if line.count(",") == len(COLUMNS) - 1]
+    kept = [line for line in whole if line.split(",")[0].isdigit()]
+    kept = [line for line in kept if int(line.split(",")[0]) <= step]
+    write_text(path, os.linesep.join([",".join(COLUMNS), *kept]) + os.linesep)
+
+
+class Telemetry(StepCallback):
+    """Averages step outputs between rows and records them every `log_every` steps."""
+
+    def __init__(self, recorder: Recorder, clock: Clock, log_every: int, tokens_per_step: int):
+        self.recorder, self.clock = recorder, clock
+        self.log_every, self.tokens_per_step = log_every, tokens_per_step
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+        self._row_seconds, self._row_step = 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums of an unfinished interval included, so that a resumed row equals a whole one."""
+        return {
+            "sums": self._sums,
+            "batches": self._batches,
+            "seconds": self.clock.read(),
+            "row_seconds": self._row_seconds,
+            "row_step": self._row_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._sums, self._batches = state_dict["sums"], state_dict["batches"]
+        self._row_seconds, self._row_step = state_dict["row_seconds"], state_dict["row_step"]
+        self.clock.set(state_dict["seconds"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.clock.start()
+
+    def on_micro_batch_end(self, outputs: Any) -> None:
+        for name, value in outputs.items():
+            total = value.detach().double() if value.is_floating_point() else value.detach()
+            held = self._sums.get(name)
+            self._sums[name] = total if held is None else held.to(total.device) + total
+        self._batches += 1
+
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+        step = trainer.global_step
+        if step % self.log_every == 0 or step == trainer.max_steps:
+            self._record(step, trainer, pl_module)
+
+    def _record(self, step: int, trainer: L.Trainer, pl_module: Any) -> None:
+        seconds = self.clock.read()
+        means = {
+            name: (total / self._batches).sum().item()
+            for name, total in self._sums.items()
+            if name in SCALARS
+        }
+        scalars = {f"train/{name}": value for name, value in means.items()}
+        scalars |= self._routing_scalars(pl_module.layers)
+        scalars |= self._speed_scalars(step, seconds, pl_module)
+        scalars |= {f"grad_norm/{k}": v.item() for k, v in pl_module.gradient_norms.items()}
+        for group in trainer.optimizers[0].param_groups:
+            scalars[f"optim/lr/{group['name']}"] = group["lr"]
+        row = budget(step, self.tokens_per_step, pl_module.train_flops_per_token, seconds)
+        row |= {tag: value for tag, value in scalars.items() if tag in COLUMNS}
+        self.recorder.write(step, row, scalars)
+        self._sums, self._batches = {}, 0
+        self._row_seconds, self._row_step = seconds, step
+
+    def _routing_scalars(self, layers: list[int]) -> dict[str, float]:
+        if "counts" not in self._sums:
+            return {}
+        counts = self._sums["counts"]
+        figures = load_statistics(counts)
+        figures["router_entropy"] = self._sums["router_entropy"] / self._batches
+        shares = counts / counts.sum(-1, keepdim=True)
+        scalars: dict[str, float] = {}
+        for row, layer in enumerate(layers):
+            for name, values in figures.items():
+                scalars[f"moe/layer{layer}/{name}"] = values[row].item()
+            for expert, share in enumerate(shares[row].tolist()):
+                scalars[f"moe_load/layer{layer}/{expert}"] = share
+        return scalars
+
+    def _speed_scalars(self, step: int, seconds: float, pl_module: Any) -> dict[str, float]:
+        elapsed = seconds - self._row_seconds
+        if elapsed <= 0:
+            return {}
+        rate = (step - self._row_step) * self.tokens_per_step / elapsed
+        peak = peak_flops(pl_module.device)
+        mfu = {} if peak is None else {"speed/mfu": rate * pl_module.train_flops_per_token / peak}
+        return {"speed/tokens_per_second": rate, **mfu}
+
+
+def budget(step: int, tokens_per_step: int, flops: int, seconds: float) -> dict[str, float]:
+    """Tokens, training FLOPs and seconds spent by the end of a step."""
+    tokens = step * tokens_per_step
+    return {"tokens": tokens, "flops": tokens * flops, "seconds": round(seconds, 3)}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of this device in FLOP/s where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
