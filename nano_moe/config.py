@@ -342,6 +342,3 @@ class Recipe(Section):
 def _nearest(width: int, multiple: int) -> str:
     below = width // multiple * multiple
     return f"{below} or {below + multiple}" if below else str(multiple)
-
-
-Data = DataConfig

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.scalarfloat import ScalarFloat
 from ruamel.yaml.scalarint import ScalarInt
 from ruamel.yaml.scalarstring import ScalarString
@@ -91,9 +91,10 @@ def parse_override(text: str) -> Tree:
         raise UserError(f"override '{text}': write it as key=value, such as optim.lr=0.01")
     where = f"override {text}"
     try:
-        leaf = _plain(YAML().load(value) if value.strip() else None)
-    except YAMLError as error:
+        node = YAML().load(value) if value.strip() else None
+    except Exception as error:  # ruamel raises many kinds, for odd tags and numbers above all
         raise UserError(f"{where}: the value is not YAML; quote it") from error
+    leaf = _plain(node, where)
     if isinstance(leaf, dict):
         raise UserError(f"{where}: give each field of a block its own override, or null")
     values: Any = leaf
@@ -107,7 +108,8 @@ def validate(tree: Tree, source: str) -> Recipe:
     try:
         return Recipe.model_validate(tree.values)
     except ValidationError as error:
-        faults = [_describe(fault, tree, source) for fault in error.errors()]
+        misspelt_first = sorted(error.errors(), key=lambda f: f["type"] != "extra_forbidden")
+        faults = [_describe(fault, tree, source) for fault in misspelt_first]
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more) from error
 
@@ -150,25 +152,31 @@ def _parse(text: str, source: str) -> Tree:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise UserError(f"{source}:{line}: not YAML ({error.problem}); mend this line") from None
-    except (YAMLError, ValueError) as error:
+    except Exception as error:  # ruamel raises many kinds, for odd tags and numbers above all
         first = str(error).splitlines()[0] if str(error) else "unreadable"
         raise UserError(f"{source}: not YAML ({first}); mend the file") from None
     if not isinstance(node, CommentedMap):
         raise UserError(f"{source}: a recipe is a mapping of fields; this file holds none")
-    values = _plain(node, source=source)
+    values = _plain(node, source)
     return Tree(values, dict(_origins(node, source, ())))
 
 
-def _plain(node: Any, source: str = "", budget: list[int] | None = None) -> Any:
+def _plain(node: Any, source: str) -> Any:
     """ruamel's decorated values as plain Python ones; bounded, since aliases multiply."""
-    budget = [MAX_NODES] if budget is None else budget
+    try:
+        return _plain_within(node, source, [MAX_NODES])
+    except RecursionError:
+        raise UserError(f"{source}: nested without end; write each value out") from None
+
+
+def _plain_within(node: Any, source: str, budget: list[int]) -> Any:
     budget[0] -= 1
     if budget[0] < 0:
-        raise UserError(f"{source or 'override'}: expands to more than {MAX_NODES} values")
+        raise UserError(f"{source}: expands to more than {MAX_NODES} values; shorten it")
     if isinstance(node, CommentedMap):
-        return {str(k): _plain(v, source, budget) for k, v in node.items()}
+        return {str(k): _plain_within(v, source, budget) for k, v in node.items()}
     if isinstance(node, CommentedSeq):
-        return [_plain(v, source, budget) for v in node]
+        return [_plain_within(v, source, budget) for v in node]
     for kind, plain in ((ScalarFloat, float), (ScalarInt, int), (ScalarString, str)):
         if isinstance(node, kind):
             return plain(node)
@@ -178,7 +186,8 @@ def _plain(node: Any, source: str = "", budget: list[int] | None = None) -> Any:
 def _origins(node: CommentedMap, source: str, prefix: Keys) -> Iterator[tuple[Keys, str]]:
     for key, value in node.items():
         keys = (*prefix, str(key))
-        yield keys, f"{source}:{node.lc.key(key)[0] + 1}"
+        if key in (node.lc.data or {}):  # keys merged in by << have no line of their own
+            yield keys, f"{source}:{node.lc.key(key)[0] + 1}"
         if isinstance(value, CommentedMap):
             yield from _origins(value, source, keys)
 

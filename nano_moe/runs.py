@@ -164,7 +164,7 @@ def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
 def check_schema(checkpoint: Any, path: Path) -> None:
     """Raises UserError for a foreign checkpoint or one written by a newer version."""
     ours = checkpoint.get("nano_moe") if isinstance(checkpoint, dict) else None
-    if not isinstance(ours, dict) or "schema" not in ours:
+    if not isinstance(ours, dict) or not isinstance(ours.get("schema"), int):
         raise UserError(f"{path}: a checkpoint, but not one of nano_moe; give a run of this kit")
     if ours["schema"] > SCHEMA:
         raise UserError(

@@ -66,5 +66,5 @@ def grouped(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tenso
     hidden = swiglu(F.grouped_mm(rows, gate_up.to(dtype).mT, offs=ends))  # (N*K, F)
     out = F.grouped_mm(hidden, down.to(dtype).mT, offs=ends)  # (N*K, D)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-    per_token = out[back].view(n_tokens, top_k, -1)  # (N, K, D)
+    per_token = out[back].view(n_tokens, top_k, x.shape[-1])  # (N, K, D)
     return (per_token * routing.weights.unsqueeze(-1)).sum(1).to(x.dtype)

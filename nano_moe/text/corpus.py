@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from nano_moe.config import Data
+from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
 from nano_moe.text import embedded, files
 from nano_moe.text.split import Document, cut_long, split_by_name
@@ -34,7 +34,7 @@ def sources(data: Data) -> Sources:
     return Sources(embedded.present(data.domains), [])
 
 
-def documents(data: Data, found: Sources | None = None) -> Iterator[Document]:
+def documents(data: DataConfig, found: Sources | None = None) -> Iterator[Document]:
     """All documents, domain by domain, long ones cut.
 
     A lone file of the user's stays whole, since it is split from its end. Raises UserError for

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nano_moe.config import Data
+from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
 from nano_moe.text import corpus
 from nano_moe.text import tokenizer as tokenizers
@@ -77,7 +77,7 @@ class Corpus:
     meta: dict[str, Any]
 
 
-def prepare(data: Data, vocab_size: int, context: int, *, progress: bool = True) -> Corpus:
+def prepare(data: DataConfig, vocab_size: int, context: int, *, progress: bool = True) -> Corpus:
     """Open the prepared tokens of `data`, building them first if they are not in its cache.
 
     Raises UserError for unusable text, a tokenizer larger than `vocab_size`, splits not longer
@@ -132,7 +132,7 @@ def _open_or_remove(folder: Path) -> Corpus | None:
     return None
 
 
-def _folder_name(data: Data, vocab_size: int, found: corpus.Sources) -> str:
+def _folder_name(data: DataConfig, vocab_size: int, found: corpus.Sources) -> str:
     """Readable start, then a hash of all that decides the tokens; no times, no paths."""
     kind: str = data.tokenizer
     decides: dict[str, Any] = {
@@ -154,7 +154,7 @@ def _folder_name(data: Data, vocab_size: int, found: corpus.Sources) -> str:
 
 def _build(
     folder: Path,
-    data: Data,
+    data: DataConfig,
     vocab_size: int,
     context: int,
     found: corpus.Sources,
@@ -180,7 +180,7 @@ def _build(
         _write_meta(partial, data, tokenizer, summary, found)
 
 
-def _read_all(data: Data, found: corpus.Sources, progress: bool) -> list[Document]:
+def _read_all(data: DataConfig, found: corpus.Sources, progress: bool) -> list[Document]:
     everything = []
     with _bar("reading", None, progress) as bar:
         for document in corpus.documents(data, found):
@@ -252,7 +252,7 @@ def _write_names(path: Path, split: str, documents: list[Document], table: np.nd
 
 def _write_meta(
     folder: Path,
-    data: Data,
+    data: DataConfig,
     tokenizer: Tokenizer,
     summary: dict[str, dict[str, Any]],
     found: corpus.Sources,
@@ -331,7 +331,7 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_length(data: Data, context: int, n_train: int, n_val: int) -> None:
+def _check_length(data: DataConfig, context: int, n_train: int, n_val: int) -> None:
     """Both splits must hold a window of `context` tokens and the token after it."""
     for name, n, remedy in (
         ("training", n_train, "give more text"),

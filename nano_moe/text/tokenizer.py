@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nano_moe.config import Data
+from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ class BPETokenizer(Tokenizer):
         return {"pattern": PATTERN, "ranks": ranks}
 
 
-def make(data: Data, vocab_size: int, texts: Sequence[str]) -> Tokenizer:
+def make(data: DataConfig, vocab_size: int, texts: Sequence[str]) -> Tokenizer:
     """The tokenizer that `data` asks for; `texts` is the training split and nothing else.
 
     Raises UserError when it has more ids than `vocab_size`.

@@ -51,11 +51,6 @@ class TrainWindows:
         return (offset if len(self.tokens) >= 2 * self.context else 0), order
 
 
-def train_window(tokens: np.ndarray, index: int, *, context: int, seed: int) -> np.ndarray:
-    """One sample of `TrainWindows`, as (T+1,) int64."""
-    return TrainWindows(tokens, context, seed)[index]
-
-
 class EvalWindows:
     """The whole split in order: every token is the target of exactly one position.
 
@@ -84,8 +79,3 @@ class EvalWindows:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         return (self[i] for i in range(len(self)))
-
-
-def eval_windows(split: Split, context: int, end_id: int) -> EvalWindows:
-    """All windows of a split, for evaluation."""
-    return EvalWindows(split, context, end_id)

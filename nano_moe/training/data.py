@@ -57,7 +57,12 @@ class TokenData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         dataset = Windows(self.corpus, self.recipe)
         sampler = From(len(dataset), self.start)
-        return DataLoader(dataset, batch_size=self.recipe.trainer.batch_size, sampler=sampler)
+        return DataLoader(
+            dataset,
+            batch_size=self.recipe.trainer.batch_size,
+            sampler=sampler,
+            generator=torch.Generator(),  # else it draws from the global one, once per resume
+        )
 
     def state_dict(self) -> dict[str, Any]:
         trainer = self.recipe.trainer

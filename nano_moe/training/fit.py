@@ -50,6 +50,7 @@ def fit(
     bar = Progress(recipe.tokens_per_step, clock, validation, progress)
     save = SaveLast(run, recipe.trainer.save_every, stop, clock)
     trainer = _trainer(recipe, device, precision, [stop, telemetry, validation, bar, save])
+    torch.manual_seed(recipe.seed)  # a resumed run's state comes from its checkpoint
     module = Decoder(recipe)
     if recipe.trainer.compile:
         module.model.compile()
@@ -58,6 +59,8 @@ def fit(
         trainer.fit(module, data, ckpt_path=str(run.last) if resume else None)
     except NonFiniteTraining as error:
         raise report_nonfinite(error, run, module) from error
+    except SystemExit as error:  # what the trainer makes of a second Ctrl-C
+        raise KeyboardInterrupt from error
     finally:
         recorder.close()
     name = None if stop.signal is None else stop.signal.name

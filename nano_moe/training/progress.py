@@ -43,6 +43,12 @@ class Progress(StepCallback):
         self.bar.update(1)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._close()  # else the fault would continue the bar's line
+
+    def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
 
 import lightning as L
 
@@ -16,22 +15,19 @@ class StopSignal(L.Callback):
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
 
     @property
     def received(self) -> bool:
         return self.signal is not None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Installed here because the trainer installs its own handlers just before."""
+        """Installed here because the trainer installs its own handlers just before.
+
+        At the end, however it comes, the trainer puts back what it found before both.
+        """
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:

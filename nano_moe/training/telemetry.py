@@ -12,7 +12,6 @@ Shapes: L sparse layers, E experts.
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ class Recorder:
 
     def write(self, step: int, row: dict[str, float], scalars: dict[str, float]) -> None:
         with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow({"step": step, **row})
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"step": step, **row})
         for tag, value in scalars.items():
             self.events.add_scalar(tag, value, step)
 
@@ -80,7 +79,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
     whole = [line for line in lines[1:] if line.count(",") == len(COLUMNS) - 1]
     kept = [line for line in whole if line.split(",")[0].isdigit()]
     kept = [line for line in kept if int(line.split(",")[0]) <= step]
-    write_text(path, os.linesep.join([",".join(COLUMNS), *kept]) + os.linesep)
+    write_text(path, "\n".join([",".join(COLUMNS), *kept]) + "\n")
 
 
 class Telemetry(StepCallback):

@@ -16,13 +16,14 @@ from nano_moe.text.split import (
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=3000)
 LINED_TEXT = st.text(st.sampled_from("aé漢🙂 \n"), max_size=5000)
+UNLINED_TEXT = st.text(st.sampled_from("aé漢🙂"), min_size=100, max_size=3000)
 
 
 def documents(n: int, size: int = 100) -> list[Document]:
     return [Document(f"folder/{i}.txt", "d", "x" * size) for i in range(n)]
 
 
-@given(ANY_TEXT | LINED_TEXT, st.integers(64, 1024))
+@given(ANY_TEXT | LINED_TEXT | UNLINED_TEXT, st.integers(64, 1024))
 def test_pieces_add_up_and_are_short(text, longest):
     pieces = cut_long(Document("long", "d", text), longest)
     assert "".join(piece.text for piece in pieces) == text
@@ -37,7 +38,7 @@ def test_pieces_end_at_paragraphs():
     assert all(piece.text.endswith("\n\n") for piece in pieces)
 
 
-@given(ANY_TEXT | LINED_TEXT, st.integers(0, 5000))
+@given(ANY_TEXT | LINED_TEXT | UNLINED_TEXT, st.integers(0, 5000))
 def test_head_starts_the_text_within_its_bytes(text, n_bytes):
     start = head(text, n_bytes)
     assert text.startswith(start)

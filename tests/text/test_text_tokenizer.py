@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nano_moe.config import Data
+from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
 from nano_moe.text import tokenizer as tokenizers
 from nano_moe.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, make
@@ -73,15 +73,17 @@ def test_end_token_is_last_and_silent():
 
 
 def test_long_texts_are_tokenized_as_if_whole(monkeypatch):
-    tokenizer = LOSSLESS["bpe"]
-    text = (STORY + "\n\n  indented\n") * 60
+    breaks = ("\n", "\n\n", " \n", "\n  ", "\n\n\n\t")
+    text = "".join(f"the hen{end}{i} foxes" for i in range(1000) for end in breaks)
+    tokenizer = BPETokenizer.train([text], 300)
+    assert b"\n\n" in tokenizer.pieces
     whole = tokenizer._encoding.encode_ordinary(text)
-    monkeypatch.setattr(tokenizers, "SEGMENT", 5000)
-    assert len(tokenizers._segments(text)) > 40
+    monkeypatch.setattr(tokenizers, "SEGMENT", 300)
+    assert len(tokenizers._segments(text)) > 200
     assert tokenizer.encode(text) == whole
 
 
-@pytest.mark.parametrize("text", [" " * 600_000 + "x", "a" * 300_000, "\n" * 300_000])
+@pytest.mark.parametrize("text", [" " * 1_200_000 + "x", "a" * 300_000, "\n" * 300_000])
 def test_long_runs_do_not_overflow_the_regex_engine(text):
     assert LOSSLESS["bpe"].decode(LOSSLESS["bpe"].encode(text)) == text
 
@@ -157,23 +159,23 @@ def test_damaged_file_is_a_user_error(damage, tmp_path):
 
 def test_too_small_vocabularies_name_the_number():
     with pytest.raises(UserError) as error:
-        make(Data(files=("x",), tokenizer="byte"), 256, [])
+        make(DataConfig(files=("x",), tokenizer="byte"), 256, [])
     assert one_line(error) == (
         "byte tokenizer needs 257 ids, model.vocab_size=256; set model.vocab_size=264"
     )
     text = "".join(map(chr, range(300, 429)))
     with pytest.raises(UserError) as error:
-        make(Data(files=("x",), tokenizer="char"), 96, [text])
+        make(DataConfig(files=("x",), tokenizer="char"), 96, [text])
     assert one_line(error) == (
         "char tokenizer needs 131 ids, model.vocab_size=96; set model.vocab_size=136"
     )
     with pytest.raises(UserError, match="at least 257") as error:
-        make(Data(files=("x",)), 200, [STORY])
+        make(DataConfig(files=("x",)), 200, [STORY])
     one_line(error)
 
 
-def gpt2(path) -> Data:
-    return Data(files=("x",), tokenizer="gpt2", gpt2_ranks=str(path))
+def gpt2(path) -> DataConfig:
+    return DataConfig(files=("x",), tokenizer="gpt2", gpt2_ranks=str(path))
 
 
 def test_gpt2_ranks_are_checked(tmp_path, monkeypatch):
@@ -187,9 +189,7 @@ def test_gpt2_ranks_are_checked(tmp_path, monkeypatch):
         make(gpt2(path), 50304, [])
     assert "50,256" in one_line(error)
     path.write_text("".join(lines))
-    monkeypatch.setattr(
-        tokenizers, "GPT2_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()
-    )
+    monkeypatch.setattr(tokenizers, "GPT2_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     tokenizer = make(gpt2(path), 50304, [])
     assert tokenizer.encode("hi") == list(b"hi") and tokenizer.end_id == 256
 

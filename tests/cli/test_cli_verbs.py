@@ -1,0 +1,230 @@
+"""What the verbs do when all is well: figures as JSON, names, overrides, help without torch."""
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nano_moe import recipe_file
+from nano_moe.cli.main import VERBS
+
+COUNT_KEYS = {
+    "total_params",
+    "active_params",
+    "embedding_params",
+    "router_params",
+    "forward_flops_per_token",
+    "train_flops_per_token",
+    "weight_bytes",
+    "kv_cache_bytes_per_token",
+}
+EVAL_KEYS = {"ce", "bpb", "perplexity", "tokens", "bytes", "domains", "routing"}
+
+
+# --- help ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [*VERBS, ""])
+def test_help_comes_at_once_and_without_torch(verb):
+    command = [sys.executable, "-X", "importtime", "-m", "nano_moe", *verb.split(), "--help"]
+    begun = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.perf_counter() - begun
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: nano-moe {verb}")
+    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.M))
+    assert "nano_moe.cli.main" in imported
+    assert not imported & {"torch", "lightning", "datasets", "tensorboard", "tiktoken", "numpy"}
+    assert seconds < 2  # 1 second is the promise; the machine may be busy
+
+
+def test_no_verb_at_all_lists_the_verbs_and_is_a_fault(shop):
+    status, out, _ = shop.run()
+    assert status == 2 and all(f"  {verb}" in out for verb in VERBS)
+
+
+# --- recipes -------------------------------------------------------------------------------------
+
+
+def test_count_prints_one_object_with_the_promised_keys(shop):
+    counted = shop.json("count", "tiny.yaml")
+    assert counted.keys() >= COUNT_KEYS
+    assert counted["router_params"] == 2 * 4 * 32  # 2 layers, 4 experts, width 32
+    assert counted["embedding_params"] == 264 * 32  # tied: the head is the embedding
+    assert counted["weight_bytes"] == 4 * counted["total_params"]
+    dense = shop.json("count", "tiny.yaml", "model.moe=null")
+    assert dense["active_params"] == dense["total_params"]
+    assert counted["active_params"] == dense["active_params"] + counted["router_params"]
+
+
+def test_show_prints_a_recipe_that_loads_as_the_same(shop):
+    status, out, _ = shop.run("show", "tiny.yaml", "optim.lr=0.5", "model.n_layers=3")
+    Path("shown.yaml").write_text(out)
+    assert status == 0
+    expected = recipe_file.load("tiny.yaml", ["optim.lr=0.5", "model.n_layers=3"])
+    assert recipe_file.load("shown.yaml") == expected
+
+
+def test_prepare_prints_what_it_found_and_where(shop):
+    found = shop.json("prepare", "tiny.yaml")
+    manifest = json.loads(Path("checkpoints/done/manifest.json").read_text())
+    assert found["sha256"] == manifest["corpus"]["sha256"]
+    assert Path(found["path"]).is_dir()
+    text = found["domains"]["text"]
+    assert text["train"]["bytes"] + text["val"]["bytes"] == Path("text.txt").stat().st_size
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tiny.yaml", "--name", "x", "optim.lr=0.5", "trainer.steps=2"],
+        ["tiny.yaml", "optim.lr=0.5", "--name", "x", "trainer.steps=2"],
+        ["tiny.yaml", "optim.lr=0.5", "trainer.steps=2", "--name", "x"],
+        ["--name", "x", "tiny.yaml", "optim.lr=0.5", "trainer.steps=2"],
+        ["--name=x", "tiny.yaml", "trainer.steps=2", "optim.lr=0.5"],
+    ],
+)
+def test_options_may_stand_among_the_overrides(shop, monkeypatch, arguments):
+    parsed = []
+    monkeypatch.setattr("nano_moe.cli.train.run", parsed.append)
+    assert shop.run("train", *arguments)[0] == 0
+    assert (parsed[0].recipe, parsed[0].name) == ("tiny.yaml", "x")
+    assert sorted(parsed[0].overrides) == ["optim.lr=0.5", "trainer.steps=2"]
+
+
+def test_train_prints_one_object_and_leaves_a_run_that_explains_itself(shop):
+    found = shop.json("train", "tiny.yaml", "trainer.steps=3", "--name", "x", "seed=9")
+    assert found.keys() >= EVAL_KEYS | {"run", "step", "seconds"}
+    assert (found["run"], found["step"]) == ("x", 3)
+    run = Path("checkpoints/x")
+    names = {path.name for path in run.iterdir()}
+    kept = {"recipe.yaml", "manifest.json", "metrics.csv", "last.ckpt", "best.ckpt"}
+    assert names >= kept | {"tokenizer.json"}
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    recipe = recipe_file.load(run / "recipe.yaml")
+    assert recipe == recipe_file.load("tiny.yaml", ["trainer.steps=3", "seed=9"])
+    manifest = json.loads((run / "manifest.json").read_text())
+    counted = shop.json("count", "tiny.yaml")
+    assert manifest["seed"] == 9 and manifest["device"] == "cpu"
+    assert manifest["parameters"]["total"] == counted["total_params"]
+    assert manifest["parameters"]["active"] == counted["active_params"]
+    assert manifest["train_flops_per_token"] == counted["train_flops_per_token"]
+    assert manifest["versions"].keys() >= {"python", "torch", "lightning"}
+    assert "git_commit" in manifest
+
+
+def test_train_says_costs_first_and_results_last(shop):
+    status, out, err = shop.run("train", "tiny.yaml", "trainer.steps=2")
+    assert status == 0
+    order = ["total parameters", "active parameters", "training FLOPs", "validation loss"]
+    order += ["bits per byte", "sample: The", "tensorboard --logdir checkpoints"]
+    places = [out.find(part) for part in order]
+    assert -1 not in places and places == sorted(places)
+    assert "checkpoints/tiny-1" in out and "tiny-1" in err
+
+
+def test_a_runs_own_recipe_runs_again_to_the_same_weights(shop):
+    first = shop.json("eval", "done")
+    again = shop.json("train", "checkpoints/done/recipe.yaml")
+    assert again["run"] == "done-1"  # called after the run it came from, which stays as it is
+    assert shop.json("eval", "done-1") == first
+    metrics = [_rows(f"checkpoints/{name}") for name in ("done", "done-1")]
+    assert metrics[0] == metrics[1]
+
+
+def _rows(run: str) -> list[dict[str, str]]:
+    with open(f"{run}/metrics.csv", newline="") as file:
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in csv.DictReader(file)]
+
+
+def test_resume_goes_on_with_a_copy_of_a_run_under_another_name(shop, monkeypatch):
+    """A run is its folder: nothing in it says where it lies."""
+    from nano_moe.training.module import Decoder
+
+    step, original = [], Decoder.training_step
+
+    def crash_at_5(module, batch, batch_idx):
+        step.append(batch_idx)
+        return original(module, batch, batch_idx) if len(step) != 5 else 1 / 0
+
+    monkeypatch.setattr(Decoder, "training_step", crash_at_5)
+    with pytest.raises(ZeroDivisionError):
+        shop.run("train", "tiny.yaml", "--name", "x")
+    Path("checkpoints/x").rename("elsewhere")
+    assert shop.json("resume", "elsewhere")["step"] == 6
+    assert _rows("elsewhere") == _rows("checkpoints/done")
+
+
+# --- judging -------------------------------------------------------------------------------------
+
+
+def test_eval_gives_the_promised_figures_and_the_same_ones_twice(shop):
+    found = shop.json("eval", "done")
+    assert found.keys() == EVAL_KEYS
+    assert found == shop.json("eval", "checkpoints/done")
+    assert found["perplexity"] == pytest.approx(math.exp(found["ce"]))
+    nats = found["ce"] * found["tokens"]
+    assert found["bpb"] == pytest.approx(nats / math.log(2) / found["bytes"])
+    assert found["domains"].keys() == {"text"}
+    assert [row["layer"] for row in found["routing"]] == [0, 1]
+    for row in found["routing"]:
+        assert sum(row["load"]) == pytest.approx(1) and len(row["load"]) == 4
+        assert row["max_share"] == pytest.approx(max(row["load"]))
+
+
+def test_eval_of_the_best_checkpoint_is_the_best_validation_of_the_metrics(shop):
+    rows = [row for row in _rows("checkpoints/done") if row["val/ce"]]
+    best = min(rows, key=lambda row: float(row["val/ce"]))
+    found = shop.json("eval", "done")
+    assert (found["ce"], found["bpb"]) == (float(best["val/ce"]), float(best["val/bpb"]))
+
+
+def test_eval_in_words_has_the_same_figures(shop):
+    status, out, _ = shop.run("eval", "done")
+    found = shop.json("eval", "done")
+    assert status == 0
+    assert f"{found['ce']:.4f}" in out and f"{found['bpb']:.4f}" in out and "max_vio" in out
+
+
+def test_sample_is_one_text_for_one_seed(shop):
+    first, same, other = (
+        shop.json("sample", "done", "--prompt", "the fox", "--tokens", "40", "--seed", seed)
+        for seed in ("1", "1", "2")
+    )
+    assert first.keys() == {"prompt", "text", "step", "seconds"}
+    assert first["text"] == same["text"] != other["text"]
+    words = ("sample", "done", "--prompt", "the fox", "--tokens", "40", "--seed", "1")
+    status, out, _ = shop.run(*words)
+    assert status == 0 and out == f"the fox{first['text']}\n"
+
+
+def test_compare_prints_every_run_at_every_budget(shop):
+    shop.run("train", "tiny.yaml", "--name", "dense", "model.moe=null", "trainer.steps=4")
+    found = shop.json("compare", "done", "dense")
+    assert found["budgets"]["tokens"] == 4 * 4 * 16  # the shorter run's
+    assert [row["run"] for row in found["runs"]] == ["done", "dense"]
+    for row in found["runs"]:
+        rows = [r for r in _rows(f"checkpoints/{row['run']}") if r["val/ce"]]
+        (at_4,) = [float(r["val/ce"]) for r in rows if r["step"] == "4"]
+        assert row["at_equal_tokens"]["ce"] == at_4
+        assert row["final"]["ce"] == float(rows[-1]["val/ce"])
+    status, out, _ = shop.run("compare", "done", "dense")
+    assert status == 0 and "different text" not in out
+
+
+def test_compare_warns_of_runs_on_different_text(shop):
+    Path("other.txt").write_text(Path("text.txt").read_text()[::-1])
+    shop.run("train", "tiny.yaml", "--name", "other", "data.files=other.txt", "trainer.steps=2")
+    status, out, _ = shop.run("compare", "done", "other")
+    assert status == 0 and "different text" in out
+    rows = shop.json("compare", "done", "other")["runs"]
+    assert rows[0]["corpus"] != rows[1]["corpus"]

@@ -1,0 +1,102 @@
+"""Every YAML under recipes/ is of one kind, builds, and steps; the ladder compares like with like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nano_moe import recipe_file
+from nano_moe.accounting import count
+from nano_moe.config import Recipe
+from nano_moe.model.gpt import GPT
+from nano_moe.training.module import Decoder
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+FILES = sorted(RECIPES.rglob("*.yaml"))
+LADDER = ("dense", "switch", "mixtral", "deepseek", "deepseek-v3")
+
+
+def load(path: Path, *overrides: str) -> Recipe:
+    """A recipe that leaves its text to the user is given a name of one."""
+    own_text = not recipe_file.read_tree(path).values.get("data", {}).get("domains", True)
+    files = ["data.files=text.txt"] if own_text else []
+    return recipe_file.load(path, [*files, *overrides])
+
+
+def kinds(path: Path) -> list[str]:
+    """Which of the kinds of recipe a file is; today there is one, a run to train."""
+    values = recipe_file.read_tree(path).values
+    return ["trainable"] if {"model", "optim", "trainer"} <= set(values) else []
+
+
+def test_there_are_recipes():
+    assert {"base", "char", *LADDER} <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_recipe_is_of_exactly_one_kind(path):
+    assert len(kinds(path)) == 1
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_accounting_equals_the_built_model(path):
+    recipe = load(path)
+    with torch.device("meta"):
+        built = GPT(recipe.model)
+    assert count(recipe).total_params == sum(p.numel() for p in built.parameters())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_shrunken_recipe_learns_its_batch(path):
+    full = load(path)
+    active = full.model.moe.n_active if full.model.moe else 1
+    small = ["model.d_model=32", "model.n_heads=2", "model.context=16", "model.vocab_size=64"]
+    width = [f"model.d_ff={16 * active}", "model.n_layers=2"]
+    module = Decoder(load(path, *small, *width, "trainer.steps=60", "optim.warmup_steps=0"))
+    optimizer = module.configure_optimizers()[0][0]
+    batch = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(8):
+        output = module.training_step(batch, 0)
+        output["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output["ce"].item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_recipe_opens_with_its_question_and_its_command(path):
+    comment = path.read_text().split("\nmodel:")[0].split("\nbase:")[0]
+    assert "?" in comment
+    assert "make train" in comment
+
+
+def test_the_ladder_has_equal_active_parameters_tokens_and_attention():
+    recipes = {name: load(RECIPES / f"{name}.yaml") for name in LADDER}
+    active = {name: count(recipe).active_params for name, recipe in recipes.items()}
+    assert max(active.values()) / min(active.values()) < 1.005, active
+    budgets = {
+        (r.tokens_per_step, r.trainer.steps, r.model.context, r.model.d_model, r.data, r.seed)
+        for r in recipes.values()
+    }
+    assert len(budgets) == 1
+
+
+def test_a_pair_differs_only_by_its_moe_block_the_absorbing_width_and_tuned_rates():
+    dense, sparse = (load(RECIPES / f"{n}.yaml").model_dump() for n in ("dense", "mixtral"))
+    for recipe in (dense, sparse):
+        for section, field in (("model", "moe"), ("model", "d_ff"), ("optim", "lr")):
+            recipe[section].pop(field)
+    assert dense == sparse
+
+
+def test_every_field_a_recipe_sets_carries_its_reason():
+    for path in FILES:
+        for line in path.read_text().splitlines():
+            key, _, rest = line.partition(":")
+            is_setting = rest.strip() and not line.lstrip().startswith("#")
+            if is_setting and key.strip() not in ("base", "seed"):
+                assert "#" in rest, f"{path.name}: {line.strip()} gives no reason"

@@ -1,0 +1,756 @@
+"""Known MoE mistakes, by number: each assertion holds for our code and fails for the mistake.
+
+For every trap one function states the property. It is applied to our code, which passes, and to a
+few lines that make the mistake as public code has made it, which must raise AssertionError.
+
+Shapes: B batch, T time, N tokens, D d_model, E experts, K top_k, L layers.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nano_moe.config import OptimConfig
+from nano_moe.evaluation import evaluate
+from nano_moe.model.balance import load_balancing_loss, load_statistics, updated_expert_bias
+from nano_moe.model.experts import Experts, grouped, loop
+from nano_moe.model.gpt import GPT, cross_entropy, init_weights
+from nano_moe.model.ops import RMSNorm
+from nano_moe.model.routing import (
+    Router,
+    Routing,
+    count_tokens,
+    gate_weights,
+    probabilities_of,
+    scores_of,
+)
+from nano_moe.training import optimizers
+from nano_moe.training.module import Decoder, balance_terms
+from nano_moe.training.optimizers import MuonAdamW, parameter_groups
+
+mistake = pytest.raises(AssertionError)
+AUX_FREE = {"score": "sigmoid", "bias_update_rate": 0.1}
+
+
+def routing_from(logits: torch.Tensor, top_k: int) -> Routing:
+    """A softmax routing of given (N, E) logits."""
+    probs = logits.softmax(-1)
+    weights, ids = probs.topk(top_k)
+    return Routing(ids, weights, probs, logits, count_tokens(ids, logits.shape[-1]))
+
+
+# T1: a gate that is always 1 gives the router no gradient
+
+
+def assert_language_loss_moves_routers(model: GPT, tokens: torch.Tensor) -> None:
+    cross_entropy(model(tokens)[0], tokens.roll(-1, 1)).backward()
+    for block in model.blocks:
+        assert block.ffn.router.weight.grad.norm() > 1e-3 * block.ffn.experts.gate_up.grad.norm()
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("top_k", "normalize"), [(1, False), (2, False), (2, True), (4, True)])
+def test_t01_language_loss_moves_every_router(moe_config, build, tokens, score, top_k, normalize):
+    moe = {"top_k": top_k, "score": score, "normalize_top_k": normalize}
+    assert_language_loss_moves_routers(build(moe_config(moe=moe)), tokens)
+
+
+class SoftmaxAfterTopK(Router):
+    def forward(self, x):
+        routing = super().forward(x)
+        return routing._replace(weights=routing.logits.gather(-1, routing.ids).softmax(-1))
+
+
+def test_t01_mistakes(moe_config, build, tokens):
+    config = moe_config(moe={"top_k": 1})
+    renormalizes, softmax_last = build(config), build(config)
+    for router in renormalizes.routers:
+        router.normalize = True
+    for router in softmax_last.routers:
+        router.__class__ = SoftmaxAfterTopK
+    for model in (renormalizes, softmax_last):
+        with mistake:
+            assert_language_loss_moves_routers(model, tokens)
+
+
+def test_t01_the_recipe_refuses_it_and_does_not_default_to_it(moe_config):
+    with pytest.raises(ValueError, match="set normalize_top_k to false"):
+        moe_config(moe={"top_k": 1, "normalize_top_k": True})
+    assert not moe_config(moe={"top_k": 1}).moe.normalizes
+    assert moe_config(moe={"top_k": 2}).moe.normalizes
+
+
+# T2: layers collapsed on different experts look balanced when concatenated
+
+
+def assert_sees_collapsed_layers(mean_loss) -> None:
+    layers = [routing_from(20 * torch.eye(4)[[e] * 64], top_k=1) for e in range(4)]
+    assert mean_loss(layers) > 3.9
+
+
+def test_t02_loss_is_per_layer():
+    assert_sees_collapsed_layers(lambda layers: balance_terms(layers)["load_balancing_loss"].mean())
+
+
+def test_t02_mistake():
+    def concatenated(layers):
+        counts = torch.stack([layer.counts for layer in layers]).sum(0)
+        return load_balancing_loss(counts=counts, probs=torch.cat([one.probs for one in layers]))
+
+    with mistake:
+        assert_sees_collapsed_layers(concatenated)
+
+
+# T3: the floor of the loss is 1 for every top_k
+
+
+def assert_floor_is_one(loss) -> None:
+    for top_k in (1, 2, 4, 8):
+        counts, probs = torch.full((8,), 10 * top_k), torch.full((80, 8), 1 / 8)
+        assert abs(loss(counts=counts, probs=probs) - 1) < 1e-6
+
+
+def test_t03_floor_is_one_for_every_top_k():
+    assert_floor_is_one(load_balancing_loss)
+
+
+def test_t03_mistake():
+    def not_divided_by_k(*, counts, probs):
+        return len(counts) * (counts / len(probs) * probs.mean(0)).sum()
+
+    with mistake:
+        assert_floor_is_one(not_divided_by_k)
+
+
+# T4: P_i is the whole distribution over experts, and sums to 1 whatever the scores' size
+
+
+def assert_shrinking_scores_gains_nothing(probabilities) -> None:
+    logits = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    for shift in (0.0, 10.0, 30.0, 80.0):
+        probs = probabilities((logits - shift).sigmoid())
+        loss = load_balancing_loss(counts=torch.full((4,), 16), probs=probs)
+        assert abs(loss - 1) < 1e-5
+
+
+def assert_loss_pushes_every_logit(routing: Routing) -> None:
+    loss = load_balancing_loss(counts=routing.counts, probs=routing.probs)
+    pushes = torch.autograd.grad(loss, routing.logits, retain_graph=True)[0]
+    assert (pushes.abs() > 1e-6).all()
+
+
+def test_t04_probabilities_are_normalized():
+    assert_shrinking_scores_gains_nothing(lambda scores: probabilities_of(scores, "sigmoid"))
+
+
+@pytest.mark.parametrize(
+    "probabilities",
+    [lambda scores: scores, lambda scores: scores / (scores.sum(-1, keepdim=True) + 1e-7)],
+    ids=["raw sigmoid", "large epsilon"],
+)
+def test_t04_mistakes_of_scale(probabilities):
+    with mistake:
+        assert_shrinking_scores_gains_nothing(probabilities)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_t04_probabilities_cover_unchosen_experts(moe_config, build, score):
+    torch.manual_seed(0)
+    router = build(moe_config(moe={"score": score})).routers[0]
+    routing = router(torch.randn(1, 16))
+    assert_loss_pushes_every_logit(routing)
+    only_chosen = torch.zeros(1, 4).scatter(1, routing.ids, routing.weights)
+    with mistake:
+        assert_loss_pushes_every_logit(routing._replace(probs=only_chosen))
+
+
+# T5: one coefficient means one strength per layer, at any depth
+
+
+def assert_strength_does_not_depend_on_depth(decoder_type, recipe_of, moe_config) -> None:
+    """Nothing is written to the residual stream, so a router's gradient is that of its own loss."""
+    batch = torch.randint(0, 264, (2, 13), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for n_layers in (1, 4):
+        config = moe_config(moe={"load_balancing_loss": 0.5}, n_layers=n_layers)
+        decoder = decoder_type(recipe_of(config))
+        for block in decoder.model.blocks:
+            nn.init.zeros_(block.ffn.experts.down)
+            nn.init.zeros_(block.attention.o_proj.weight)
+        decoder.training_step(batch, 0)["loss"].backward()
+        gradients.append(decoder.model.routers[0].weight.grad)
+    assert gradients[0].norm() > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_t05_loss_is_summed_over_layers(recipe_of, moe_config):
+    assert_strength_does_not_depend_on_depth(Decoder, recipe_of, moe_config)
+
+
+def test_t05_mistake(recipe_of, moe_config):
+    class MeanOverLayers(Decoder):
+        def _weighted(self, terms):
+            return 0.5 * terms["load_balancing_loss"].mean()
+
+    with mistake:
+        assert_strength_does_not_depend_on_depth(MeanOverLayers, recipe_of, moe_config)
+
+
+# T6: loads are counts, without a gradient; gradients are finite at perfect balance
+
+
+def assert_counts_are_constants(loss) -> None:
+    counts = torch.tensor([3.0, 1.0], requires_grad=True)
+    probs = torch.tensor([[0.7, 0.3]], requires_grad=True)
+    of_counts, of_probs = torch.autograd.grad(
+        loss(counts=counts, probs=probs), (counts, probs), allow_unused=True
+    )
+    assert of_counts is None or not of_counts.any()
+    assert of_probs.any()
+
+
+def assert_gradient_is_finite_at_balance(loss) -> None:
+    logits = torch.zeros(8, 4, requires_grad=True)
+    value = loss(counts=torch.full((4,), 2), probs=logits.softmax(-1))
+    assert torch.autograd.grad(value, logits)[0].isfinite().all()
+
+
+def test_t06_only_probabilities_carry_gradient():
+    assert_counts_are_constants(load_balancing_loss)
+    assert_gradient_is_finite_at_balance(load_balancing_loss)
+
+
+def test_t06_mistakes():
+    def attached(*, counts, probs):
+        return len(counts) * (counts / counts.sum() * probs.mean(0)).sum()
+
+    def variation(*, counts, probs):
+        return (probs.mean(0).var().sqrt() / probs.mean()).square()
+
+    with mistake:
+        assert_counts_are_constants(attached)
+    with mistake:
+        assert_gradient_is_finite_at_balance(variation)
+
+
+# T7: one bias step per optimizer step, from the counts of all its micro-batches
+
+
+def assert_one_bias_step_per_optimizer_step(decoder: Decoder) -> None:
+    """Two optimizer steps of two micro-batches each; every micro-batch repeats one token."""
+    expected = np.zeros((2, 4))
+    for words in ((0, 3), (1, 4)):
+        counts = np.zeros((2, 4))
+        for word in words:
+            output = decoder.training_step(torch.full((2, 13), word), 0)
+            output["loss"].backward()
+            counts += output["counts"].numpy()
+        decoder.on_before_optimizer_step(None)
+        expected += 0.1 * np.sign(counts.mean(-1, keepdims=True) - counts)
+        expected -= expected.mean(-1, keepdims=True)
+        bias = torch.stack([router.expert_bias for router in decoder.model.routers])
+        np.testing.assert_allclose(bias, expected, atol=1e-6)
+
+
+def test_t07_bias_steps_once_per_optimizer_step(recipe_of, moe_config):
+    assert_one_bias_step_per_optimizer_step(Decoder(recipe_of(moe_config(moe=AUX_FREE))))
+
+
+class StepsPerMicroBatch(Decoder):
+    def training_step(self, batch, batch_idx):
+        output = super().training_step(batch, batch_idx)
+        for router, counts in zip(self.model.routers, output["counts"], strict=True):
+            bias = updated_expert_bias(bias=router.expert_bias, counts=counts, rate=0.1)
+            router.expert_bias.copy_(bias)
+        self._step_counts = None
+        return output
+
+
+class NeverResetsCounts(Decoder):
+    def on_before_optimizer_step(self, optimizer):
+        counts = self._step_counts
+        super().on_before_optimizer_step(optimizer)
+        self._step_counts = counts
+
+
+@pytest.mark.parametrize("wrong", [StepsPerMicroBatch, NeverResetsCounts])
+def test_t07_mistakes(recipe_of, moe_config, wrong):
+    with mistake:
+        assert_one_bias_step_per_optimizer_step(wrong(recipe_of(moe_config(moe=AUX_FREE))))
+
+
+# T9: evaluation leaves no trace
+
+
+def assert_evaluation_leaves_no_trace(model: GPT, corpus) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = evaluate(model, corpus, batch_size=4, precision="fp32")
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert evaluate(model, corpus, batch_size=4, precision="fp32") == first
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_t09_evaluation_changes_nothing(recipe_of, moe_config, tiny_corpus, tokens, training):
+    decoder = Decoder(recipe_of(moe_config(moe=AUX_FREE)))
+    decoder.training_step(tokens, 0)
+    counts = decoder._step_counts.clone()
+    decoder.model.train(training)
+    assert_evaluation_leaves_no_trace(decoder.model, tiny_corpus)
+    assert torch.equal(decoder._step_counts, counts)
+    assert decoder.model.training == decoder.model.blocks[0].training == training
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+
+
+def test_t09_mistake(moe_config, build, tiny_corpus):
+    def balance_in_forward(router, args, routing):
+        router.expert_bias += 0.1 * (routing.counts.float().mean() - routing.counts).sign()
+
+    model = build(moe_config(moe=AUX_FREE))
+    for router in model.routers:
+        router.register_forward_hook(balance_in_forward)
+    with mistake:
+        assert_evaluation_leaves_no_trace(model, tiny_corpus)
+
+
+# T11: the reported validation loss is cross-entropy alone
+
+
+def assert_reports_plain_cross_entropy(reported_ce, model: GPT, corpus) -> None:
+    """Every token of the split once, in float64, one window at a time."""
+    exact = copy.deepcopy(model).double()
+    stream = [corpus.tokenizer.end_id, *corpus.val.tokens.tolist()]
+    nats, context = 0.0, model.config.context
+    for start in range(0, len(stream) - 1, context):
+        window = stream[start : start + context + 1]
+        with torch.no_grad():
+            logits = exact(torch.tensor([window[:-1]]))[0][0].numpy()
+        logits -= logits.max(-1, keepdims=True)
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats -= sum(row[target] for row, target in zip(logs, window[1:], strict=True))
+    assert abs(reported_ce(model, corpus) - nats / len(corpus.val)) < 1e-5
+
+
+def our_ce(model, corpus):
+    return evaluate(model, corpus, batch_size=4, precision="fp32").overall.ce
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_t11_validation_reports_plain_cross_entropy(
+    dense_config, moe_config, build, tiny_corpus, sparse
+):
+    config = moe_config(moe={"load_balancing_loss": 0.01}) if sparse else dense_config()
+    assert_reports_plain_cross_entropy(our_ce, build(config), tiny_corpus)
+
+
+def test_t11_mistake(moe_config, build, tiny_corpus):
+    def with_balancing(model, corpus):
+        routings = model(torch.zeros(1, 12, dtype=torch.int64))[1]
+        return our_ce(model, corpus) + 0.01 * balance_terms(routings)["load_balancing_loss"].sum()
+
+    with mistake:
+        assert_reports_plain_cross_entropy(with_balancing, build(moe_config()), tiny_corpus)
+
+
+# T14: initialisation reaches stacked experts, with residual scaling
+
+
+def assert_initializes_experts(init, config) -> None:
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    init(model, 0)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    residual = config.init_std / (2 * config.n_layers) ** 0.5
+    for block in model.blocks:
+        assert block.ffn.experts.gate_up.std().item() == pytest.approx(config.init_std, rel=0.1)
+        assert block.ffn.experts.down.std().item() == pytest.approx(residual, rel=0.1)
+
+
+def test_t14_init_reaches_experts(moe_config):
+    assert_initializes_experts(init_weights, moe_config(n_layers=4))
+
+
+def test_t14_mistakes(moe_config):
+    def by_module_type(model, seed):
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.2)
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def without_residual_scale(model, seed):
+        init_weights(model, seed)
+        for block in model.blocks:
+            nn.init.normal_(block.ffn.experts.down, std=0.2)
+
+    for init in (by_module_type, without_residual_scale):
+        with mistake:
+            assert_initializes_experts(init, moe_config(n_layers=4))
+
+
+# T15: routers have a learning rate of their own and no weight decay
+
+OPTIM = {"lr": 0.02, "embedding_lr": 0.01, "router_lr": 0.005, "weight_decay": 0.1}
+
+
+def assert_routers_are_a_group_of_their_own(groups, model: GPT) -> None:
+    grouped_ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped_ids) == sorted(id(p) for p in model.parameters())
+    routers = {id(router.weight) for router in model.routers}
+    (group,) = [g for g in groups if routers & {id(p) for p in g["params"]}]
+    assert {id(p) for p in group["params"]} == routers
+    assert group["weight_decay"] == 0 and group["lr"] == 0.005
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_t15_routers_are_a_group_of_their_own(moe_config, build, name, tie):
+    model = build(moe_config(moe={"n_shared_experts": 2, "d_expert": 8}, tie_embeddings=tie))
+    groups = parameter_groups(model, OptimConfig(name=name, **OPTIM))
+    assert_routers_are_a_group_of_their_own(groups, model)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for parameter_name, parameter in model.named_parameters():
+        is_hidden = any(part in parameter_name for part in ("_proj", "experts.", "shared."))
+        assert (id(parameter) in decayed) == is_hidden, parameter_name
+    assert all(not group["muon"] for group in groups if group["name"] != "hidden")
+
+
+def test_t15_omitted_rates_follow_the_next_one(moe_config, build):
+    model = build(moe_config())
+    for fields, rates in (
+        ({"lr": 0.02}, {"hidden": 0.02, "router": 0.02, "embedding": 0.02}),
+        ({"lr": 0.02, "embedding_lr": 0.01}, {"hidden": 0.02, "router": 0.01, "embedding": 0.01}),
+    ):
+        groups = parameter_groups(model, OptimConfig(**fields))
+        assert {group["name"]: group["lr"] for group in groups} == rates
+
+
+def test_t15_mistake(moe_config, build):
+    model = build(moe_config())
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    by_dimension = [
+        {"params": matrices, "lr": 0.005, "weight_decay": 0.1},
+        {"params": vectors, "lr": 0.005, "weight_decay": 0.0},
+    ]
+    with mistake:
+        assert_routers_are_a_group_of_their_own(by_dimension, model)
+
+
+# T16: the selection bias selects and does nothing else; it is float32, centred, updated in place
+
+
+def assert_bias_moves_selection_only(router: Router) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 16)
+    before = router(x)
+    router.expert_bias[3] = 5.0
+    after = router(x)
+    assert not (before.ids == 3).any(-1).all()
+    assert (after.ids == 3).any(-1).all()
+    chosen = after.logits.sigmoid().gather(-1, after.ids)
+    weights = chosen / chosen.sum(-1, keepdim=True) if router.normalize else chosen
+    torch.testing.assert_close(after.weights, weights)
+    assert torch.equal(after.probs, before.probs)
+
+
+def router_of(config, kind: type[Router] = Router) -> Router:
+    router = kind(config)
+    nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    return router
+
+
+class FoldsBiasIntoGate(Router):
+    def forward(self, x):
+        logits = self.logits(x)
+        scores = scores_of(logits, self.score)
+        chosen, ids = (scores + self.expert_bias).topk(self.top_k)
+        probs = probabilities_of(scores, self.score)
+        weights = gate_weights(chosen, self.normalize)
+        return Routing(ids, weights, probs, logits, count_tokens(ids, len(self.weight)))
+
+
+@pytest.mark.parametrize("choice", [{}, {"normalize_top_k": False}, {"top_k": 1}], ids=str)
+def test_t16_bias_moves_selection_only(moe_config, choice):
+    config = moe_config(moe=AUX_FREE | {"d_expert": 8} | choice)
+    assert_bias_moves_selection_only(router_of(config))
+    with mistake:
+        assert_bias_moves_selection_only(router_of(config, FoldsBiasIntoGate))
+
+
+def assert_bias_keeps_small_steps(router: Router) -> None:
+    """0.6 and a hundred steps of 0.001 are 0.7; in bf16 they stay near 0.6."""
+    router.expert_bias.copy_(torch.tensor([0.6, -0.6]))
+    router.bfloat16()
+    for _ in range(100):
+        router.expert_bias.copy_(
+            updated_expert_bias(bias=router.expert_bias, counts=torch.tensor([0, 2]), rate=1e-3)
+        )
+    assert (router.expert_bias.float() - torch.tensor([0.7, -0.7])).abs().max() < 1e-4
+
+
+def test_t16_bias_stays_float32(moe_config):
+    class CastsItsBias(Router):
+        _apply = nn.Module._apply
+
+    config = moe_config(moe=AUX_FREE | {"n_experts": 2, "top_k": 1})
+    assert_bias_keeps_small_steps(Router(config))
+    with mistake:
+        assert_bias_keeps_small_steps(CastsItsBias(config))
+
+
+def assert_bias_does_not_drift(update) -> None:
+    bias = torch.zeros(4)
+    for _ in range(100):
+        bias = update(bias=bias, counts=torch.tensor([9, 1, 1, 1]), rate=0.01)
+    assert abs(bias.mean()) < 1e-5
+    assert bias[0] < 0 < bias[1]
+
+
+def test_t16_bias_is_centred():
+    def uncentred(*, bias, counts, rate):
+        return bias + rate * (counts.float().mean() - counts).sign()
+
+    assert_bias_does_not_drift(updated_expert_bias)
+    with mistake:
+        assert_bias_does_not_drift(uncentred)
+
+
+def assert_held_references_see_the_update(decoder: Decoder) -> None:
+    held = decoder.state_dict()
+    decoder.training_step(torch.full((2, 13), 1), 0)["loss"].backward()
+    decoder.on_before_optimizer_step(None)
+    assert all(held[name].any() for name in held if "expert_bias" in name)
+
+
+def test_t16_bias_is_updated_in_place(recipe_of, moe_config):
+    class Rebinds(Decoder):
+        def on_before_optimizer_step(self, optimizer):
+            for router in self.model.routers:
+                router.expert_bias = router.expert_bias.clone()
+            super().on_before_optimizer_step(optimizer)
+
+    recipe = recipe_of(moe_config(moe=AUX_FREE))
+    assert_held_references_see_the_update(Decoder(recipe))
+    with mistake:
+        assert_held_references_see_the_update(Rebinds(recipe))
+
+
+# T18: gates multiply what an expert gives, in float32
+
+
+def assert_gates_scale_outputs(dispatch) -> None:
+    torch.manual_seed(0)
+    x, gates = torch.randn(6, 8), torch.rand(6, 1)
+    ids = torch.tensor([[0], [1], [2], [0], [1], [2]])
+    nothing = torch.empty(6, 3)
+    ungated = Routing(ids, torch.ones(6, 1), nothing, nothing, count_tokens(ids, 3))
+    weights = torch.randn(3, 32, 8), torch.randn(3, 8, 16)
+    for bf16 in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            y = dispatch(x, ungated._replace(weights=gates), *weights)
+            whole = dispatch(x, ungated, *weights)
+        torch.testing.assert_close(y, whole * gates, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dispatch", [loop, grouped])
+def test_t18_gates_scale_outputs(dispatch):
+    def gates_inputs(x, routing, gate_up, down):
+        ungated = routing._replace(weights=torch.ones_like(routing.weights))
+        return dispatch(x * routing.weights, ungated, gate_up, down)
+
+    def bf16_gates(x, routing, gate_up, down):
+        weights = routing.weights.bfloat16()
+        return dispatch(x, routing._replace(weights=weights), gate_up, down)
+
+    assert_gates_scale_outputs(dispatch)
+    for wrong in (gates_inputs, bf16_gates):
+        with mistake:
+            assert_gates_scale_outputs(wrong)
+
+
+# T20: no padding is counted as load
+
+
+def assert_routes_only_real_tokens(score, model: GPT, corpus) -> None:
+    routed: list[int] = []
+    hooks = [
+        router.register_forward_hook(lambda *call: routed.append(int(call[-1].counts.sum())))
+        for router in model.routers
+    ]
+    score(model, corpus)
+    for hook in hooks:
+        hook.remove()
+    assert sum(routed) == len(corpus.val) * model.config.moe.top_k * len(hooks)
+
+
+def test_t20_evaluation_routes_only_real_tokens(moe_config, build, tiny_corpus):
+    def padded(model, corpus):
+        stream = torch.from_numpy(corpus.val.tokens.astype(np.int64))
+        missing = -len(stream) % model.config.context
+        stream = nn.functional.pad(stream, (0, missing), value=corpus.tokenizer.end_id)
+        model(stream.view(-1, model.config.context))
+
+    model = build(moe_config())
+    assert_routes_only_real_tokens(our_ce, model, tiny_corpus)
+    with mistake:
+        assert_routes_only_real_tokens(padded, model, tiny_corpus)
+
+
+def test_t20_reported_loads_are_those_of_real_tokens(moe_config, build, tiny_corpus):
+    model, seen = build(moe_config()), []
+    model.routers[1].register_forward_hook(lambda *call: seen.append(call[-1].counts))
+    evaluation = evaluate(model, tiny_corpus, batch_size=4, precision="fp32")
+    loads = torch.stack(seen).sum(0)
+    row = evaluation.routing[1]
+    assert evaluation.overall.tokens == len(tiny_corpus.val) == loads.sum() / 2
+    assert row["load"] == pytest.approx((loads / loads.sum()).tolist())
+    assert row["max_share"] == pytest.approx(max(row["load"]))
+
+
+# T21: softmax, top-k, renormalize is top-k, softmax; without the last step outputs shrink
+
+
+def assert_equals_softmax_of_the_chosen(routing: Routing) -> None:
+    expected = routing.logits.gather(-1, routing.ids).softmax(-1)
+    torch.testing.assert_close(routing.weights, expected)
+
+
+def test_t21_normalized_weights_are_the_softmax_of_the_chosen(moe_config):
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    assert_equals_softmax_of_the_chosen(router_of(moe_config())(x))
+    unnormalized = router_of(moe_config(moe={"normalize_top_k": False}))(x)
+    with mistake:
+        assert_equals_softmax_of_the_chosen(unnormalized)
+    assert (unnormalized.weights.sum(-1) < 1).all()
+
+
+def test_t21_unnormalized_weights_start_at_k_over_e(moe_config):
+    router = router_of(moe_config(moe={"n_experts": 8, "normalize_top_k": False}))
+    nn.init.zeros_(router.weight)
+    torch.testing.assert_close(router(torch.randn(5, 16)).weights.sum(-1), torch.full((5,), 0.25))
+
+
+# T23: a saved model routes as before; the combine adds in a fixed order
+
+
+def assert_resumes_with_its_routing(model: GPT, fresh: GPT, tokens: torch.Tensor) -> None:
+    for router in model.routers:
+        router.expert_bias.copy_(torch.tensor([2.0, -2.0, 1.0, -1.0]))
+    fresh.load_state_dict(model.state_dict())
+    logits, routings = model(tokens)
+    resumed, resumed_routings = fresh(tokens)
+    for routing, other in zip(routings, resumed_routings, strict=True):
+        assert torch.equal(routing.ids, other.ids)
+    assert torch.equal(logits, resumed)
+
+
+def test_t23_state_dict_holds_the_bias(moe_config, build, tokens):
+    config = moe_config(moe=AUX_FREE)
+    assert_resumes_with_its_routing(build(config, 0), build(config, 1), tokens)
+    forgets = [build(config, 0), build(config, 1)]
+    for model in forgets:
+        for router in model.routers:
+            router.register_buffer("expert_bias", router.expert_bias, persistent=False)
+    with mistake:
+        assert_resumes_with_its_routing(*forgets, tokens)
+
+
+def assert_combine_is_deterministic(dispatch) -> None:
+    torch.manual_seed(0)
+    routing = routing_from(torch.randn(50, 6), top_k=5)
+    x, weights = torch.randn(50, 8), (torch.randn(6, 32, 8), torch.randn(6, 8, 16))
+    first = dispatch(x, routing, *weights)
+    assert all(torch.equal(dispatch(x, routing, *weights), first) for _ in range(5))
+
+
+def test_t23_combine_is_deterministic():
+    def in_any_order(x, routing, gate_up, down):
+        order = torch.randperm(len(gate_up))
+        ids = order.argsort()[routing.ids]
+        return loop(x, routing._replace(ids=ids), gate_up[order], down[order])
+
+    assert_combine_is_deterministic(grouped)
+    assert_combine_is_deterministic(loop)
+    with mistake:
+        assert_combine_is_deterministic(in_any_order)
+
+
+# T25: an expert without tokens is left alone
+
+
+def assert_idle_expert_rests(experts: Experts, optimizer: torch.optim.Optimizer) -> None:
+    torch.manual_seed(0)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for parameter in experts.parameters():
+        parameter.grad = torch.randn_like(parameter)
+        parameter.grad[1] = 0
+    held = [
+        tensor
+        for parameter in experts.parameters()
+        for tensor in (parameter.data, *optimizer.state[parameter].values())
+        if torch.is_tensor(tensor) and tensor.ndim == 3
+    ]
+    assert len(held) >= 4, "weights and at least one moment each"
+    before = [tensor.clone() for tensor in held]
+    optimizer.step()
+    for now, then in zip(held, before, strict=True):
+        assert torch.equal(now[1], then[1])
+        assert not torch.equal(now[0], then[0]) and not torch.equal(now[2], then[2])
+
+
+def ours(experts: Experts, name: str) -> MuonAdamW:
+    config = OptimConfig(name=name, lr=0.1, weight_decay=0.1)
+    return MuonAdamW(parameter_groups(experts, config), config)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_t25_idle_experts_rest(name, monkeypatch):
+    experts = Experts(3, 8, 8, "loop")
+    assert_idle_expert_rests(experts, ours(experts, name))
+    monkeypatch.setattr(optimizers, "_live", lambda grad: None)
+    with mistake:
+        assert_idle_expert_rests(experts, ours(experts, name))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_t25_mistake(weight_decay):
+    experts = Experts(3, 8, 8, "loop")
+    adamw = torch.optim.AdamW(experts.parameters(), lr=0.1, weight_decay=weight_decay)
+    with mistake:
+        assert_idle_expert_rests(experts, adamw)
+
+
+# T26: alarms look at the busiest expert of each layer, not at the mean loss
+
+
+def assert_alarm_rings(rings) -> None:
+    """Eight layers of eight experts: seven even, in one expert 0 takes 73% with mild scores."""
+    counts = torch.full((8, 8), 100)
+    counts[3] = torch.tensor([584, 36, 30, 30, 30, 30, 30, 30])
+    probs = torch.full((8, 800, 8), 1 / 8)
+    probs[3, :, 0] += 0.1
+    probs[3, :, 1:] -= 0.1 / 7
+    assert rings(counts, probs)
+    assert not rings(torch.full((8, 8), 100), torch.full((8, 800, 8), 1 / 8))
+
+
+def mean_loss(counts, probs):
+    layers = zip(counts, probs, strict=True)
+    return torch.stack([load_balancing_loss(counts=c, probs=p) for c, p in layers]).mean()
+
+
+def test_t26_the_largest_share_shows_what_the_mean_loss_hides():
+    assert_alarm_rings(lambda counts, _: load_statistics(counts)["max_share"].max() > 0.6)
+    with mistake:
+        assert_alarm_rings(lambda counts, probs: mean_loss(counts, probs) > 1.2)
