@@ -27,7 +27,7 @@ class Sources(NamedTuple):
         return found + [file.identity for file in self.files]
 
 
-def sources(data: Data) -> Sources:
+def sources(data: DataConfig) -> Sources:
     """Locate the text without reading it. Raises UserError when there is none."""
     if data.files:
         return Sources([], files.listed(data.files))
@@ -49,7 +49,7 @@ def documents(data: DataConfig, found: Sources | None = None) -> Iterator[Docume
             yield from [document] if len(own) == 1 else cut_long(document)
 
 
-def split(everything: list[Document], data: Data) -> tuple[list[Document], list[Document]]:
+def split(everything: list[Document], data: DataConfig) -> tuple[list[Document], list[Document]]:
     """(training, validation): each embedded domain by itself, the user's documents together.
 
     Raises UserError when an embedded domain keeps too little text for validation.
@@ -68,7 +68,7 @@ def split(everything: list[Document], data: Data) -> tuple[list[Document], list[
     return train, val
 
 
-def _check_validation(domain: str, n_bytes: int, data: Data) -> None:
+def _check_validation(domain: str, n_bytes: int, data: DataConfig) -> None:
     expected = data.bytes_per_domain * data.val_fraction
     least = LEAST_VAL_BYTES if expected >= 2 * LEAST_VAL_BYTES else 1
     if n_bytes < least:

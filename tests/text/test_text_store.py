@@ -52,7 +52,7 @@ def fault(data: DataConfig, vocab_size: int = 512, context: int = 32) -> str:
     return str(error.value)
 
 
-def left_in(data: Data) -> list[str]:
+def left_in(data: DataConfig) -> list[str]:
     return sorted(os.listdir(data.cache)) if os.path.isdir(data.cache) else []
 
 
