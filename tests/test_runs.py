@@ -67,6 +67,13 @@ def test_a_stem_with_pattern_characters_is_taken_literally():
     assert create("a.b").name == "a.b-1"
 
 
+def test_a_number_taken_after_the_look_round_is_passed_over(monkeypatch):
+    """The race itself: the listing shows nothing of what others have made meanwhile."""
+    create()
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))
+    assert [create().name, create().name] == ["tiny-2", "tiny-3"]
+
+
 def test_unnamed_runs_created_at_once_never_share_a_folder():
     workers, each = 8, 12
     together = threading.Barrier(workers)
@@ -74,7 +81,7 @@ def test_unnamed_runs_created_at_once_never_share_a_folder():
 
     def work():
         for _ in range(each):
-            together.wait()
+            together.wait(timeout=20)
             made.append(create().path)
 
     threads = [threading.Thread(target=work) for _ in range(workers)]

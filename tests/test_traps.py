@@ -244,7 +244,7 @@ def test_t06_mistakes():
 def assert_one_bias_step_per_optimizer_step(decoder: Decoder) -> None:
     """Two optimizer steps of two micro-batches each; every micro-batch repeats one token."""
     expected = np.zeros((2, 4))
-    for words in ((0, 3), (1, 4)):
+    for words in ((9, 38), (1, 4)):
         counts = np.zeros((2, 4))
         for word in words:
             output = decoder.training_step(torch.full((2, 13), word), 0)
@@ -278,7 +278,13 @@ class NeverResetsCounts(Decoder):
         self._step_counts = counts
 
 
-@pytest.mark.parametrize("wrong", [StepsPerMicroBatch, NeverResetsCounts])
+class KeepsLastMicroBatch(Decoder):
+    def training_step(self, batch, batch_idx):
+        self._step_counts = None
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("wrong", [StepsPerMicroBatch, NeverResetsCounts, KeepsLastMicroBatch])
 def test_t07_mistakes(recipe_of, moe_config, wrong):
     with mistake:
         assert_one_bias_step_per_optimizer_step(wrong(recipe_of(moe_config(moe=AUX_FREE))))

@@ -62,7 +62,7 @@ def grouped(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tenso
     dtype = compute_dtype(x)
     order = routing.ids.reshape(-1).argsort(stable=True)  # (N*K,)
     ends = routing.counts.cumsum(0).to(torch.int32)  # (E,)
-    rows = x.to(dtype)[order // top_k]  # (N*K, D), grouped by expert
+    rows = x[order // top_k].to(dtype)  # (N*K, D), grouped by expert; its gradient adds in x.dtype
     hidden = swiglu(F.grouped_mm(rows, gate_up.to(dtype).mT, offs=ends))  # (N*K, F)
     out = F.grouped_mm(hidden, down.to(dtype).mT, offs=ends)  # (N*K, D)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))

@@ -42,6 +42,7 @@ class Decoder(L.LightningModule):
         self.layers = [i for i in range(recipe.model.n_layers) if recipe.model.is_sparse(i)]
         self.train_flops_per_token = count(recipe).train_flops_per_token
         self.gradient_norms: dict[str, Tensor] = {}
+        self.learning_rates: dict[str, float] = {}  # of the step being taken, by group
         self._step_counts: Tensor | None = None  # (L, E), summed over one optimizer step
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:  # (B, T + 1)
@@ -51,7 +52,8 @@ class Decoder(L.LightningModule):
         terms = balance_terms(sparse)
         loss = ce + self._weighted(terms)
         self._loss = loss.detach()
-        output = {"loss": loss, "ce": ce.detach()}
+        # The trainer divides "loss" by the accumulation; "total_loss" stays what it is.
+        output = {"loss": loss, "total_loss": loss.detach(), "ce": ce.detach()}
         if sparse:
             counts = torch.stack([routing.counts for routing in sparse])
             entropy = [router_entropy(routing.probs.detach()) for routing in sparse]
@@ -77,9 +79,9 @@ class Decoder(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.gradient_norms = gradient_norms(self.model)
-        norm = self.gradient_norms["total"].item()
-        if not math.isfinite(norm):
-            loss = self._loss.item()
+        self.learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        norm, loss = self.gradient_norms["total"].item(), self._loss.item()
+        if not (math.isfinite(norm) and math.isfinite(loss)):
             raise NonFiniteTraining(
                 f"step {self.global_step + 1}: loss is {loss:g} and the gradient norm {norm:g}"
             )

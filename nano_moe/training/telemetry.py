@@ -36,7 +36,12 @@ COLUMNS = (
     "val/ce",
     "val/bpb",
 )
-SCALARS = ("loss", "ce", "load_balancing_loss", "router_z_loss")
+SCALARS = {
+    "total_loss": "train/loss",
+    "ce": "train/ce",
+    "load_balancing_loss": "train/load_balancing_loss",
+    "router_z_loss": "train/router_z_loss",
+}
 # Dense bf16 peak in FLOP/s from the makers' data sheets, by a part of the device's name.
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -120,21 +125,19 @@ class Telemetry(StepCallback):
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
         step = trainer.global_step
         if step % self.log_every == 0 or step == trainer.max_steps:
-            self._record(step, trainer, pl_module)
+            self._record(step, pl_module)
 
-    def _record(self, step: int, trainer: L.Trainer, pl_module: Any) -> None:
+    def _record(self, step: int, pl_module: Any) -> None:
         seconds = self.clock.read()
-        means = {
-            name: (total / self._batches).sum().item()
-            for name, total in self._sums.items()
-            if name in SCALARS
+        scalars = {
+            tag: (self._sums[name] / self._batches).sum().item()
+            for name, tag in SCALARS.items()
+            if name in self._sums
         }
-        scalars = {f"train/{name}": value for name, value in means.items()}
         scalars |= self._routing_scalars(pl_module.layers)
         scalars |= self._speed_scalars(step, seconds, pl_module)
         scalars |= {f"grad_norm/{k}": v.item() for k, v in pl_module.gradient_norms.items()}
-        for group in trainer.optimizers[0].param_groups:
-            scalars[f"optim/lr/{group['name']}"] = group["lr"]
+        scalars |= {f"optim/lr/{k}": rate for k, rate in pl_module.learning_rates.items()}
         row = budget(step, self.tokens_per_step, pl_module.train_flops_per_token, seconds)
         row |= {tag: value for tag, value in scalars.items() if tag in COLUMNS}
         self.recorder.write(step, row, scalars)

@@ -110,6 +110,12 @@ def test_an_existing_name_is_refused_before_anything_is_done(shop):
     assert "run name '../x'" in shop.fault("train", "tiny.yaml", "--name", "../x")
 
 
+def test_line_breaks_in_what_is_given_stay_out_of_the_fault(shop):
+    assert "run name 'a b'" in shop.fault("train", "tiny.yaml", "--name", "a\nb")
+    assert "a b" in shop.fault("eval", "a\nb")
+    assert "key=value" in shop.fault("count", "tiny.yaml", "a\nb")
+
+
 def test_a_finished_run_has_nothing_to_resume(shop):
     assert "finished at step 6" in shop.fault("resume", "done")
 

@@ -10,6 +10,8 @@ import torch
 
 from nano_moe.errors import UserError
 from nano_moe.training import checkpoint as checkpoints
+from nano_moe.training import module
+from nano_moe.training.module import Decoder
 
 
 def assert_same_course(workshop, broken, whole):
@@ -35,7 +37,8 @@ def assert_same_course(workshop, broken, whole):
 def test_a_run_stopped_by_signals_and_resumed_equals_an_uninterrupted_one(
     workshop, kind, accumulate, stops
 ):
-    recipe = workshop.recipe(kind, trainer__steps=12, trainer__accumulate=accumulate)
+    changes = {"trainer__steps": 12, "trainer__accumulate": accumulate, "optim__warmup_steps": 3}
+    recipe = workshop.recipe(kind, **changes)
     workshop.observe()
     whole, _ = workshop.train(recipe, "whole")
     expected = workshop.seen()
@@ -54,6 +57,41 @@ def test_a_run_stopped_by_signals_and_resumed_equals_an_uninterrupted_one(
     assert len(workshop.batches) == len(expected)
     assert all(map(torch.equal, workshop.seen(), expected))
     assert_same_course(workshop, broken, whole)
+
+
+def test_random_draws_of_a_step_go_on_where_they_were(workshop, monkeypatch):
+    """Nothing draws in a step today; what will (dropout, router noise) must resume bitwise too."""
+    draws, original = [], Decoder.training_step
+
+    def training_step(decoder, batch, batch_idx):
+        draws.append(torch.rand(()).item())
+        return original(decoder, batch, batch_idx)
+
+    monkeypatch.setattr(Decoder, "training_step", training_step)
+    recipe = workshop.recipe()
+    workshop.train(recipe, "whole")
+    whole = draws[:]
+    draws.clear()
+    workshop.signal_at(4)
+    run, _ = workshop.train(recipe, "broken")
+    workshop.resume(run)
+    assert draws == whole and len(set(whole)) == 10
+
+
+def test_a_resumed_run_remembers_its_best(workshop, monkeypatch):
+    """The loss rises from step 5 on, so what comes after the resume must not become the best."""
+    learned = module.cross_entropy
+
+    def unlearn():
+        monkeypatch.setattr(module, "cross_entropy", lambda *args: -learned(*args))
+
+    workshop.during(4, unlearn)
+    workshop.signal_at(6)
+    run, _ = workshop.train(workshop.recipe(trainer__val_every=1))
+    best = workshop.checkpoint(run.best)["global_step"]
+    assert 1 < best < 6
+    workshop.resume(run)
+    assert workshop.checkpoint(run.best)["global_step"] == best
 
 
 def test_two_trainings_of_one_seed_are_equal_and_of_two_seeds_are_not(workshop):

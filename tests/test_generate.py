@@ -1,0 +1,237 @@
+"""Sampling: the distribution that is drawn from, and the text that streams from the draws."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nano_moe.config import ModelConfig, MoEConfig
+from nano_moe.errors import UserError
+from nano_moe.inference.generate import check_sampling, generate, next_token_probabilities
+from nano_moe.model.gpt import GPT, init_weights
+from nano_moe.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+
+END = ByteTokenizer().end_id
+CONFIG = ModelConfig(
+    vocab_size=264,
+    context=12,
+    n_layers=2,
+    d_model=16,
+    n_heads=2,
+    d_ff=32,
+    init_std=0.5,  # wide, so that likelihoods differ
+    moe=MoEConfig(n_experts=4, top_k=2),
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return init_weights(GPT(CONFIG), seed=3).eval()
+
+
+class Says(nn.Module):
+    """A model that puts everything on the tokens of a script, one after the other."""
+
+    def __init__(self, script: list[int], vocab: int = 264):
+        super().__init__()
+        self.script, self.vocab, self.config = iter(script), vocab, CONFIG
+        self.seen: list[list[int]] = []
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens):
+        self.seen.append(tokens[0].tolist())
+        logits = torch.zeros(1, tokens.shape[1], self.vocab)
+        logits[0, -1, next(self.script)] = 100.0
+        return logits, []
+
+
+def draw(model, prompt: str = "ab", **settings) -> list[str]:
+    settings = {"max_tokens": 30} | settings
+    return list(generate(model, ByteTokenizer(), prompt, **settings))
+
+
+def distribution(logits, temperature=1.0, top_k=None, top_p=1.0) -> torch.Tensor:
+    return next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+# Apart from one another, so that rounding decides no order.
+LOGITS = st.lists(st.integers(-16, 16).map(lambda n: n / 2), min_size=1, max_size=9, unique=True)
+
+
+# --- the distribution ----------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(LOGITS, st.floats(0.1, 5))
+def test_temperature_divides_the_logits(values, temperature):
+    logits = torch.tensor(values)
+    expected = (logits.double() / temperature).softmax(-1)
+    torch.testing.assert_close(
+        distribution(logits, temperature).double(), expected, rtol=1e-3, atol=1e-6
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(LOGITS, st.integers(1, 12))
+def test_top_k_keeps_the_k_likeliest_and_their_proportions(values, k):
+    logits = torch.tensor(values)
+    kept = sorted(range(len(values)), key=lambda i: -values[i])[:k]
+    expected = torch.zeros(len(values))
+    expected[kept] = logits[kept].softmax(-1)
+    torch.testing.assert_close(distribution(logits, top_k=k), expected, rtol=1e-3, atol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LOGITS, st.floats(0.05, 1), st.integers(1, 12))
+def test_top_p_keeps_the_smallest_set_that_reaches_it(values, p, k):
+    """By search over all sizes; of the top k, when that is given too."""
+    logits = torch.tensor(values)
+    probabilities = distribution(logits, top_k=k).double()
+    order = probabilities.argsort(descending=True).tolist()
+    mass = probabilities[order].cumsum(0)
+    assume((mass - p).abs().min() > 1e-5)  # rounding decides nothing
+    smallest = next((n for n in range(1, len(values) + 1) if mass[n - 1] >= p), len(values))
+    expected = torch.zeros(len(values), dtype=torch.float64)
+    kept = order[:smallest]
+    expected[kept] = probabilities[kept] / probabilities[kept].sum()
+    found = distribution(logits, top_k=k, top_p=p)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
+    assert (found > 0).tolist() == (expected > 0).tolist()
+
+
+def test_equal_likelihoods_are_cut_to_as_many_as_are_needed():
+    assert (distribution(torch.zeros(8), top_p=0.5) > 0).sum() == 4
+    assert (distribution(torch.zeros(8), top_k=3) > 0).sum() == 3
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-3, 1e-12, 1e-30])
+def test_the_coldest_draw_is_the_likeliest_token(temperature):
+    logits = torch.tensor([1.0, 30.0, -1e4, 29.0])
+    found = distribution(logits, temperature)
+    assert found.tolist() == [0, 1, 0, 0]
+
+
+def test_bfloat16_logits_are_drawn_from_in_float32():
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert distribution(logits).dtype == torch.float32
+    assert torch.equal(distribution(logits), distribution(logits.float()))
+
+
+def test_draws_follow_the_distribution():
+    """A thousand one-token continuations; each share within five standard errors."""
+
+    class Fixed(Says):
+        def forward(self, tokens):
+            logits = torch.full((1, tokens.shape[1], 264), -1e9)
+            logits[0, -1, [65, 66, 67]] = torch.tensor([0.5, 0.3, 0.2]).log()
+            return logits, []
+
+    text = "".join(draw(Fixed([]), max_tokens=1000, temperature=1.0, top_p=1.0))
+    for letter, share in (("A", 0.5), ("B", 0.3), ("C", 0.2)):
+        assert abs(text.count(letter) - 1000 * share) < 5 * (1000 * share * (1 - share)) ** 0.5
+
+
+# --- the text ------------------------------------------------------------------------------------
+
+
+def test_greedy_takes_the_likeliest_token_each_time_over_a_sliding_window(model):
+    ids = [END, *b"ab"]
+    for _ in range(30):
+        logits = model(torch.tensor([ids[-CONFIG.context :]]))[0][0, -1]
+        ids.append(int(logits[:257].argmax()))
+        if ids[-1] == END:
+            break
+    expected = ByteTokenizer().decode([i for i in ids[3:] if i != END])
+    for seed in range(2):
+        assert "".join(draw(model, temperature=0, seed=seed)) == expected
+        assert "".join(draw(model, top_k=1, temperature=2.0, seed=seed)) == expected
+    assert "".join(draw(model, top_p=1e-6, temperature=2.0)) == expected
+
+
+def test_a_seed_repeats_and_another_differs(model):
+    first, again, other = ("".join(draw(model, temperature=1.5, seed=s)) for s in (7, 7, 8))
+    assert first == again != other
+    torch.manual_seed(0)
+    assert "".join(draw(model, temperature=1.5, seed=7)) == first
+    assert torch.initial_seed() == 0  # nor is the global generator touched
+
+
+def test_the_window_starts_with_the_end_token_and_slides_when_full():
+    says = Says([*range(40, 70)])
+    draw(says, "ab", max_tokens=20)
+    everything = [END, *b"ab", *range(40, 60)]
+    windows = [everything[: 3 + n][-CONFIG.context :] for n in range(20)]
+    assert says.seen == windows
+
+
+def test_a_prompt_longer_than_the_context_keeps_its_end():
+    says = Says([65])
+    draw(says, "0123456789abcdefghij", max_tokens=1)
+    assert says.seen == [[*b"89abcdefghij"]]
+
+
+def test_an_empty_prompt_starts_a_document():
+    says = Says([65, END])
+    assert "".join(draw(says, "")) == "A"
+    assert says.seen[0] == [END]
+
+
+def test_it_stops_at_the_end_token_and_never_beyond_the_number_asked_for():
+    assert "".join(draw(Says([65, 66, END, 67]))) == "AB"
+    assert "".join(draw(Says([65] * 99), max_tokens=7)) == "A" * 7
+
+
+def test_pieces_come_while_they_are_drawn():
+    says = Says([65, 66, 67])
+    pieces = generate(says, ByteTokenizer(), "", max_tokens=3)
+    assert next(pieces) == "A" and len(says.seen) == 1
+
+
+@pytest.mark.parametrize("text", ["né 漢字 🦊 fin", "🦊", "e\u0301"])
+def test_characters_of_several_bytes_come_whole(text):
+    pieces = draw(Says([*text.encode(), END]), max_tokens=99)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_bytes_that_form_no_character_are_replaced_also_at_the_end():
+    assert "".join(draw(Says([0xC3, 0x41, END]))) == "\ufffdA"
+    assert "".join(draw(Says([0x41, 0xF0, 0x9F, END]))) == "A\ufffd"
+    assert "".join(draw(Says([0x41, 0xC3, 0xA9]), max_tokens=2)) == "A\ufffd"
+
+
+def test_pieces_join_to_the_text_for_every_tokenizer():
+    text = "the fox — né 漢 " * 8
+    bpe = BPETokenizer.train([text], 300)
+    for tokenizer in (bpe, CharTokenizer.train([text]), ByteTokenizer()):
+        script = [*tokenizer.encode(text), tokenizer.end_id]
+        pieces = generate(Says(script, vocab=512), tokenizer, "", max_tokens=999)
+        assert "".join(pieces) == text
+
+
+def test_rows_of_the_embedding_that_no_token_uses_are_never_drawn():
+    """vocab_size is rounded up; 264 rows, 257 tokens."""
+
+    class Padded(Says):
+        def forward(self, tokens):
+            logits, _ = super().forward(tokens)
+            logits[..., 257:] = 1e4
+            return logits, []
+
+    assert "".join(draw(Padded([65, 66, END]), temperature=1.0)) == "AB"
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_settings_that_fit_no_distribution_are_refused(n):
+    good = {"max_tokens": 1, "temperature": 1.0, "top_k": None, "top_p": 1.0}
+    check_sampling(**good)
+    check_sampling(**good | {"temperature": 0, "top_k": 1})
+    for bad in ({"max_tokens": n}, {"top_k": n}, {"top_p": n}, {"temperature": n - 0.1}):
+        (name,) = bad
+        option = {"max_tokens": "tokens"}.get(name, name).replace("_", "-")
+        with pytest.raises(UserError, match=f"^--{option} "):
+            check_sampling(**good | bad)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--temperature"):
+            check_sampling(**good | {"temperature": bad})

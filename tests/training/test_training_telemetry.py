@@ -1,0 +1,227 @@
+"""metrics.csv and TensorBoard: what is recorded, when, from what, and never twice."""
+
+import csv
+import math
+import signal
+from collections import defaultdict
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nano_moe.accounting import count
+from nano_moe.evaluation import evaluate
+from nano_moe.runs import load_model
+from nano_moe.training import module
+from nano_moe.training.clock import Clock
+from nano_moe.training.module import Decoder
+from nano_moe.training.optimizers import MuonAdamW
+
+COLUMNS = ["step", "tokens", "flops", "seconds", "train/ce", "train/load_balancing_loss"]
+COLUMNS += ["train/router_z_loss", "val/ce", "val/bpb"]
+ALWAYS = {"train/loss", "train/ce", "val/ce", "val/bpb", "val_bpb/text", "grad_norm/total"}
+ALWAYS |= {"optim/lr/hidden", "optim/lr/embedding", "speed/tokens_per_second"}
+LAYER = ("max_vio", "load_entropy", "max_share", "dead_experts", "router_entropy")
+
+
+def events(run) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every tag, as TensorBoard shows them."""
+    reader = EventAccumulator(str(run.path), size_guidance={"scalars": 0})
+    reader.Reload()
+    return {
+        tag: [(event.step, event.value) for event in reader.Scalars(tag)]
+        for tag in reader.Tags()["scalars"]
+    }
+
+
+def sparse_tags(layers: list[int], experts: int) -> set[str]:
+    tags = {"train/load_balancing_loss", "train/router_z_loss", "optim/lr/router"}
+    tags |= {"grad_norm/router", "grad_norm/experts"}
+    tags |= {f"moe/layer{layer}/{figure}" for layer in layers for figure in LAYER}
+    return tags | {f"moe_load/layer{i}/{e}" for i in layers for e in range(experts)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tags"),
+    [("dense", set()), ("softmax", sparse_tags([0, 1], 4)), ("sigmoid", sparse_tags([1], 4))],
+)
+def test_a_run_records_these_tags_and_columns(workshop, kind, tags):
+    run, _ = workshop.train(workshop.recipe(kind))
+    assert events(run).keys() == ALWAYS | tags
+    with open(run.metrics_file, newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == COLUMNS
+    assert all(len(row) == len(COLUMNS) for row in rows)
+    assert b"\r" not in run.metrics_file.read_bytes()
+
+
+def test_rows_come_at_the_recipes_intervals_and_after_the_last_step(workshop):
+    changes = {"trainer__steps": 11, "trainer__log_every": 3, "trainer__val_every": 4}
+    run, _ = workshop.train(workshop.recipe("softmax", **changes))
+    rows = workshop.rows(run)
+    train = [int(row["step"]) for row in rows if row["train/ce"]]
+    val = [int(row["step"]) for row in rows if row["val/ce"]]
+    assert (train, val) == ([3, 6, 9, 11], [4, 8, 11])
+    assert len(rows) == len(train) + len(val)
+    found = events(run)
+    assert [step for step, _ in found["train/ce"]] == train
+    assert [step for step, _ in found["val_bpb/text"]] == val
+    for row in rows:
+        tokens = int(row["step"]) * 4 * 16
+        assert int(row["tokens"]) == tokens
+        assert int(row["flops"]) == tokens * count(run.recipe()).train_flops_per_token
+
+
+def test_tensorboard_and_metrics_csv_hold_the_same_figures(workshop):
+    run, _ = workshop.train(workshop.recipe("softmax"))
+    found = events(run)
+    for tag in COLUMNS[4:]:
+        column = [(int(r["step"]), float(r[tag])) for r in workshop.rows(run) if r[tag]]
+        assert [step for step, _ in column] == [step for step, _ in found[tag]]
+        assert [v for _, v in column] == pytest.approx([v for _, v in found[tag]], rel=1e-6)
+
+
+def test_training_figures_are_means_over_all_micro_batches_since_the_last_row(
+    workshop, monkeypatch
+):
+    outputs, original = [], Decoder.training_step
+
+    def training_step(decoder, batch, batch_idx):
+        outputs.append(original(decoder, batch, batch_idx))
+        return outputs[-1]
+
+    monkeypatch.setattr(Decoder, "training_step", training_step)
+    changes = {"trainer__steps": 5, "trainer__accumulate": 2, "trainer__log_every": 3}
+    run, _ = workshop.train(workshop.recipe("softmax", **changes))
+    found = events(run)
+    for i, (step, part) in enumerate(((3, outputs[:6]), (5, outputs[6:]))):
+        mean = {
+            name: sum(o[name].double().sum().item() for o in part) / len(part)
+            for name in ("loss", "ce", "load_balancing_loss", "router_z_loss")
+        }
+        for name, value in mean.items():
+            assert found[f"train/{name}"][i] == (step, pytest.approx(value, rel=1e-6))
+        weighted = 0.01 * mean["load_balancing_loss"] + 0.001 * mean["router_z_loss"]
+        assert found["train/loss"][i][1] == pytest.approx(mean["ce"] + weighted, rel=1e-6)
+        counts = sum(o["counts"] for o in part).double()  # (2 layers, 4 experts)
+        assert counts.sum(1).tolist() == [len(part) * 4 * 16 * 2] * 2
+        for layer, load in enumerate(counts):
+            share = load / load.sum()
+            expected = {
+                "max_share": share.max(),
+                "max_vio": (load.max() - load.mean()) / load.mean(),
+                "dead_experts": (load == 0).sum(),
+                "load_entropy": -(share * share.clamp_min(1e-30).log()).sum() / math.log(4),
+                "router_entropy": sum(o["router_entropy"][layer] for o in part) / len(part),
+            }
+            for figure, value in expected.items():
+                value = pytest.approx(value.item(), rel=1e-5, abs=1e-6)
+                assert found[f"moe/layer{layer}/{figure}"][i] == (step, value)
+            loads = [found[f"moe_load/layer{layer}/{e}"][i][1] for e in range(4)]
+            assert loads == pytest.approx(share.tolist(), rel=1e-6)
+
+
+def test_a_recorded_learning_rate_is_the_one_the_step_was_taken_with(workshop, monkeypatch):
+    taken, original = defaultdict(list), MuonAdamW.step
+
+    def step(optimizer, closure=None):
+        for group in optimizer.param_groups:
+            taken[group["name"]].append(group["lr"])
+        return original(optimizer, closure)
+
+    monkeypatch.setattr(MuonAdamW, "step", step)
+    changes = {"trainer__log_every": 1, "optim__warmup_steps": 3, "optim__router_lr": 0.001}
+    run, _ = workshop.train(workshop.recipe("softmax", **changes))
+    found = events(run)
+    for group, rates in taken.items():
+        recorded = [value for _, value in found[f"optim/lr/{group}"]]
+        assert recorded == pytest.approx(rates), group
+
+
+def test_validation_in_training_is_what_eval_says_of_the_same_weights(workshop):
+    """Bitwise, for the last step's weights: both sum the same windows in the same order."""
+    recipe = workshop.recipe("softmax")
+    run, result = workshop.train(recipe)
+    rows = [row for row in workshop.rows(run) if row["val/ce"]]
+    run.best.unlink()
+    _, model, step = load_model(run)
+    scored = evaluate(model, workshop.corpus(recipe), batch_size=4, precision="fp32")
+    assert (step, int(rows[-1]["step"])) == (10, 10)
+    assert (float(rows[-1]["val/ce"]), float(rows[-1]["val/bpb"])) == (
+        scored.overall.ce,
+        scored.overall.bpb,
+    )
+    assert result.evaluation == scored
+
+
+def test_the_best_checkpoint_is_of_the_lowest_validation_loss(workshop, monkeypatch):
+    """The run unlearns from step 6 on, so the best is not the last."""
+    learned = module.cross_entropy
+
+    def unlearn():
+        monkeypatch.setattr(module, "cross_entropy", lambda *args: -learned(*args))
+
+    workshop.during(5, unlearn)
+    run, _ = workshop.train(workshop.recipe(trainer__val_every=1))
+    losses = [float(row["val/ce"]) for row in workshop.rows(run) if row["val/ce"]]
+    best = losses.index(min(losses)) + 1
+    assert 1 < best < 9 and len(losses) == 10
+    assert workshop.checkpoint(run.best)["global_step"] == best
+
+
+def test_a_resumed_run_repeats_no_step_and_misses_none(workshop):
+    recipe = workshop.recipe("softmax", trainer__log_every=1)
+    whole, _ = workshop.train(recipe, "whole")
+    workshop.signal_at(4, signal.SIGTERM)
+    broken, _ = workshop.train(recipe, "broken")
+    workshop.during(9, lambda: 1 / 0)  # rows of 7 and 8 are past the checkpoint of step 6
+    with pytest.raises(ZeroDivisionError):
+        workshop.resume(broken)
+    with open(broken.metrics_file, "a") as file:
+        file.write("9,576,1079377")  # a row cut short by a power cut
+    workshop.resume(broken)
+    assert workshop.rows(broken) == workshop.rows(whole)
+    mine, theirs = events(broken), events(whole)
+    assert mine.keys() == theirs.keys()
+    for tag in mine.keys() - {"speed/tokens_per_second"}:
+        assert mine[tag] == theirs[tag]
+    assert [step for step, _ in mine["train/ce"]] == list(range(1, 11))
+
+
+def test_seconds_only_grow_and_go_on_after_a_resume(workshop):
+    workshop.signal_at(5)
+    run, stopped = workshop.train(workshop.recipe(trainer__log_every=1))
+    done = workshop.resume(run)
+    with open(run.metrics_file, newline="") as file:
+        seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+    assert seconds == sorted(seconds)
+    assert done.seconds > stopped.seconds > 0
+    assert seconds[-1] <= done.seconds + 0.001
+
+
+def test_the_clock_leaves_out_what_is_paused(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = Clock()
+    assert clock.read() == 0
+    clock.start()
+    now[0] += 2
+    with clock.paused():
+        now[0] += 50
+        assert clock.read() == 2
+    now[0] += 1
+    assert clock.read() == 3
+    clock.set(10)
+    now[0] += 4
+    assert clock.read() == 14
+
+
+def test_looking_often_does_not_change_the_course(workshop):
+    runs = [
+        workshop.train(
+            workshop.recipe("softmax", trainer__log_every=every, trainer__val_every=every),
+            f"run{every}",
+        )[0]
+        for every in (1, 10)
+    ]
+    weights = [workshop.checkpoint(run.last)["state_dict"] for run in runs]
+    assert workshop.differences(*weights) == []
