@@ -50,6 +50,7 @@ def test_interpolation_is_linear_between_points_and_absent_before_the_first(poin
 
 def test_interpolation_through_a_point_written_twice_does_not_divide_by_zero():
     assert interpolate(5.0, [1.0, 5.0, 5.0, 9.0], [4.0, 3.0, 3.0, 1.0]) == 3.0
+    assert interpolate(5.0, [5.0, 5.0, 9.0], [3.0, 3.0, 1.0]) == 3.0
     assert interpolate(7.0, [1.0, 5.0, 5.0, 9.0], [4.0, 3.0, 3.0, 1.0]) == 2.0
 
 

@@ -243,6 +243,7 @@ def test_t06_mistakes():
 
 def assert_one_bias_step_per_optimizer_step(decoder: Decoder) -> None:
     """Two optimizer steps of two micro-batches each; every micro-batch repeats one token."""
+    (optimizer,), _ = decoder.configure_optimizers()
     expected = np.zeros((2, 4))
     for words in ((9, 38), (1, 4)):
         counts = np.zeros((2, 4))
@@ -250,7 +251,7 @@ def assert_one_bias_step_per_optimizer_step(decoder: Decoder) -> None:
             output = decoder.training_step(torch.full((2, 13), word), 0)
             output["loss"].backward()
             counts += output["counts"].numpy()
-        decoder.on_before_optimizer_step(None)
+        decoder.on_before_optimizer_step(optimizer)
         expected += 0.1 * np.sign(counts.mean(-1, keepdims=True) - counts)
         expected -= expected.mean(-1, keepdims=True)
         bias = torch.stack([router.expert_bias for router in decoder.model.routers])
@@ -530,9 +531,10 @@ def test_t16_bias_is_centred():
 
 
 def assert_held_references_see_the_update(decoder: Decoder) -> None:
+    (optimizer,), _ = decoder.configure_optimizers()
     held = decoder.state_dict()
     decoder.training_step(torch.full((2, 13), 1), 0)["loss"].backward()
-    decoder.on_before_optimizer_step(None)
+    decoder.on_before_optimizer_step(optimizer)
     assert all(held[name].any() for name in held if "expert_bias" in name)
 
 

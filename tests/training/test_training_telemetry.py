@@ -3,15 +3,18 @@
 import csv
 import math
 import signal
+import time
 from collections import defaultdict
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from nano_moe.accounting import count
 from nano_moe.evaluation import evaluate
 from nano_moe.runs import load_model
-from nano_moe.training import module
+from nano_moe.training import module, validation
+from nano_moe.training.checkpoint import AtomicCheckpointIO
 from nano_moe.training.clock import Clock
 from nano_moe.training.module import Decoder
 from nano_moe.training.optimizers import MuonAdamW
@@ -168,7 +171,10 @@ def test_the_best_checkpoint_is_of_the_lowest_validation_loss(workshop, monkeypa
     assert workshop.checkpoint(run.best)["global_step"] == best
 
 
-def test_a_resumed_run_repeats_no_step_and_misses_none(workshop):
+def test_a_resumed_run_repeats_no_step_and_misses_none(workshop, monkeypatch):
+    # TensorBoard reads files in the order of their names, which end in second.host.pid.counter:
+    # within one second and process, 10 would come before 9. A resume by a user takes longer.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     recipe = workshop.recipe("softmax", trainer__log_every=1)
     whole, _ = workshop.train(recipe, "whole")
     workshop.signal_at(4, signal.SIGTERM)
@@ -177,7 +183,7 @@ def test_a_resumed_run_repeats_no_step_and_misses_none(workshop):
     with pytest.raises(ZeroDivisionError):
         workshop.resume(broken)
     with open(broken.metrics_file, "a") as file:
-        file.write("9,576,1079377")  # a row cut short by a power cut
+        file.write("10,640,1079377\n1")  # rows cut short by a power cut, the last to its step's 1
     workshop.resume(broken)
     assert workshop.rows(broken) == workshop.rows(whole)
     mine, theirs = events(broken), events(whole)
@@ -196,6 +202,25 @@ def test_seconds_only_grow_and_go_on_after_a_resume(workshop):
     assert seconds == sorted(seconds)
     assert done.seconds > stopped.seconds > 0
     assert seconds[-1] <= done.seconds + 0.001
+
+
+def test_seconds_are_of_training_alone(workshop, monkeypatch):
+    slept = []
+
+    def slowly(work):
+        def wrapped(*args, **named):
+            slept.append(0.1)
+            time.sleep(0.1)
+            return work(*args, **named)
+
+        return wrapped
+
+    for owner, name in ((validation, "evaluate"), (AtomicCheckpointIO, "save_checkpoint")):
+        monkeypatch.setattr(owner, name, slowly(getattr(owner, name)))
+    begun = time.perf_counter()
+    _, result = workshop.train(workshop.recipe())
+    assert len(slept) == 3 + 5 + 3  # validations at 4, 8, 10; last.ckpt at 0, 3, 6, 9, 10; best
+    assert 0 < result.seconds <= time.perf_counter() - begun - sum(slept)
 
 
 def test_the_clock_leaves_out_what_is_paused(monkeypatch):
