@@ -1,9 +1,9 @@
 # Everything runs in .venv, which the first target that needs it creates.
 # Any recipe field is an override: make train model.moe.top_k=4 optim.lr=0.01
 
-RECIPE ?= recipes/mixtral.yaml
-PROMPT ?= The
-PORT ?= 6006
+RECIPE = recipes/mixtral.yaml
+PROMPT = The
+PORT = 6006
 PYTHON ?= python3
 TORCH_ARGS ?=
 
@@ -17,10 +17,13 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 # What was given on make's command line and is no variable of this file goes to the recipe.
 # (make takes `a.b=c` as a variable of its own, so a plain target would silently drop it.)
 OWN := RECIPE RUN RUNS NAME PROMPT PORT PYTHON TORCH_ARGS ARGS
+# Only the command line counts: a NAME or PORT of the shell's environment is not meant for us.
+given = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
 quote = '$(subst ','\'',$(1))'
 OVERRIDES = $(foreach v,$(filter-out $(OWN) -%- MAKE%,$(.VARIABLES)),\
 	$(if $(filter command,$(firstword $(origin $(v)))),$(call quote,$(v)=$(value $(v)))))
-needs = $(if $($(1)),,$(error $(1) is missing: make $@ $(1)=…))
+needs = $(if $(call given,$(1)),,$(error $(1) is missing: make $@ $(1)=…))$(plain)
+plain = $(if $(strip $(OVERRIDES)),$(error make $@ takes no recipe fields: $(strip $(OVERRIDES))))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train resume eval sample count show compare prepare tensorboard \
@@ -28,12 +31,12 @@ needs = $(if $($(1)),,$(error $(1) is missing: make $@ $(1)=…))
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@printf '\nRECIPE=%s  any field as KEY=VALUE: make train RECIPE=recipes/dense.yaml optim.lr=0.01\n' $(RECIPE)
+	@printf '\nRECIPE=%s  any field as KEY=VALUE: make train RECIPE=recipes/dense.yaml optim.lr=0.01\n' $(call quote,$(RECIPE))
 
 setup: $(STAMP) ## make .venv with all that training and `make test` need
 
 train: $(STAMP) ## train RECIPE into checkpoints/ (NAME=… to name the run)
-	@$(NANO) train $(call quote,$(RECIPE)) $(OVERRIDES) $(if $(NAME),--name $(call quote,$(NAME)))
+	@$(NANO) train $(call quote,$(RECIPE)) $(OVERRIDES) $(if $(call given,NAME),--name $(call quote,$(NAME)))
 
 resume: $(STAMP) ## go on with a stopped RUN, exactly where it was
 	$(call needs,RUN)@$(NANO) resume $(call quote,$(RUN))
@@ -42,10 +45,10 @@ eval: $(STAMP) ## score RUN on the whole validation split
 	$(call needs,RUN)@$(NANO) eval $(call quote,$(RUN))
 
 sample: $(STAMP) ## continue PROMPT with RUN
-	$(call needs,RUN)@$(NANO) sample $(call quote,$(RUN)) --prompt $(call quote,$(PROMPT)) $(ARGS)
+	$(call needs,RUN)@$(NANO) sample $(call quote,$(RUN)) --prompt $(call quote,$(PROMPT)) $(call given,ARGS)
 
 compare: $(STAMP) ## RUNS="a b" side by side at equal tokens, FLOPs and seconds
-	$(call needs,RUNS)@$(NANO) compare $(RUNS)
+	$(call needs,RUNS)@$(NANO) compare $(foreach r,$(RUNS),$(call quote,$(r)))
 
 count: $(STAMP) ## parameters, FLOPs and bytes of RECIPE
 	@$(NANO) count $(call quote,$(RECIPE)) $(OVERRIDES)
@@ -57,13 +60,13 @@ prepare: $(STAMP) ## tokenize RECIPE's text once
 	@$(NANO) prepare $(call quote,$(RECIPE)) $(OVERRIDES)
 
 tensorboard: $(STAMP) ## open all runs in TensorBoard (PORT=6006)
-	@$(BIN)/tensorboard --logdir checkpoints --host 127.0.0.1 --port $(PORT)
+	$(plain)@$(BIN)/tensorboard --logdir checkpoints --host 127.0.0.1 --port $(call quote,$(PORT))
 
 test: $(STAMP) ## the fast tests
-	@$(BIN)/pytest $(ARGS)
+	$(plain)@$(BIN)/pytest $(call given,ARGS)
 
 test-all: $(STAMP) ## all tests, slow ones too
-	@$(BIN)/pytest -m 'not gpu' $(ARGS)
+	@$(BIN)/pytest -m 'not gpu' $(call given,ARGS)
 
 lint: $(STAMP) ## ruff and the format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -77,6 +80,8 @@ format: $(STAMP) ## rewrite the sources in the house's format
 # torch first and alone: anything else would let pip choose its build. Corpus packages one by one:
 # a package that is gone costs its domain, not the set-up.
 $(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; make setup PYTHON=python3.11"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python .ci/torch_build.py '$(TORCH)' '$(CPU_WHEELS)' $(call quote,$(TORCH_ARGS))
 	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) '$(TORCH)'

@@ -34,7 +34,7 @@ def read_curve(run: Run) -> Curve:
         ce, bpb = [float(row["val/ce"]) for row in rows], [float(row["val/bpb"]) for row in rows]
     except FileNotFoundError:
         raise UserError(f"{run.metrics_file}: missing; this run has not trained yet") from None
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, csv.Error):
         raise UserError(f"{run.metrics_file}: not a metrics file of this kit") from None
     if not rows:
         raise UserError(f"{run.metrics_file}: no validation yet; let the run train further")

@@ -36,19 +36,28 @@ class FieldFault(ValueError):
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _writable(cls, value: Any) -> Any:
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
+                raise ValueError("holds a character that no file name or text can; remove it")
+        return value
+
 
 class MoEConfig(Section):
     """The block that makes FFN layers sparse; its absence makes a dense model."""
 
-    n_experts: int = Field(ge=1, description="routed experts per sparse layer (E)")
-    top_k: int = Field(ge=1, description="routed experts each token visits (K)")
+    n_experts: int = Field(ge=1, le=2**16, description="routed experts per sparse layer (E)")
+    top_k: int = Field(ge=1, le=2**16, description="routed experts each token visits (K)")
     d_expert: int | None = Field(
         default=None,
         gt=0,
+        le=2**24,
         description="hidden width of one expert; omitted: d_ff / (top_k + n_shared_experts)",
     )
     n_shared_experts: int = Field(
-        default=0, ge=0, description="experts that every token visits, each d_expert wide"
+        default=0, ge=0, le=2**12, description="experts that every token visits, each d_expert wide"
     )
     first_k_dense: int = Field(default=0, ge=0, description="leading layers that stay dense")
     every_n_layers: int = Field(
@@ -116,18 +125,22 @@ class MoEConfig(Section):
 class ModelConfig(Section):
     """The decoder: pre-norm, RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
 
-    vocab_size: int = Field(ge=2, description="rows of the embedding; the tokenizer must fit")
-    context: int = Field(ge=2, description="longest sequence in tokens (T)")
-    n_layers: int = Field(ge=1, description="decoder blocks")
-    d_model: int = Field(ge=2, description="residual width (D)")
-    n_heads: int = Field(ge=1, description="query heads (H)")
+    vocab_size: int = Field(
+        ge=2, le=2**24, description="rows of the embedding; the tokenizer must fit"
+    )
+    context: int = Field(ge=2, le=2**24, description="longest sequence in tokens (T)")
+    n_layers: int = Field(ge=1, le=10_000, description="decoder blocks")
+    d_model: int = Field(ge=2, le=2**20, description="residual width (D)")
+    n_heads: int = Field(ge=1, le=2**16, description="query heads (H)")
     n_kv_heads: int | None = Field(
-        default=None, ge=1, description="key/value heads; omitted: n_heads; fewer: GQA"
+        default=None, ge=1, le=2**16, description="key/value heads; omitted: n_heads; fewer: GQA"
     )
     head_dim: int | None = Field(
-        default=None, ge=2, description="width of one head; omitted: d_model / n_heads"
+        default=None, ge=2, le=2**16, description="width of one head; omitted: d_model / n_heads"
     )
-    d_ff: int = Field(ge=1, description="hidden width of a dense FFN; sizes the experts too")
+    d_ff: int = Field(
+        ge=1, le=2**24, description="hidden width of a dense FFN; sizes the experts too"
+    )
     qk_norm: bool = Field(default=False, description="RMSNorm of each query and key head")
     tie_embeddings: bool = Field(default=True, description="the head reuses the embedding")
     rope_theta: float = Field(default=10_000.0, gt=0, description="RoPE base")
@@ -172,6 +185,12 @@ class ModelConfig(Section):
             )
 
     def _check_expert_width(self, moe: MoEConfig) -> None:
+        if moe.backend == "grouped" and self.d_model % 8:
+            raise FieldFault(
+                "moe.backend",
+                f"grouped products need d_model divisible by 8, not {self.d_model}; "
+                "set backend to auto",
+            )
         if moe.d_expert is not None:
             if moe.d_expert % 8:
                 raise FieldFault(
@@ -214,7 +233,7 @@ class DataConfig(Section):
         default=DOMAINS, description="embedded domains, read from installed packages"
     )
     bytes_per_domain: int = Field(
-        default=2_500_000, ge=1, description="UTF-8 bytes taken of each domain at most"
+        default=2_500_000, ge=1, le=2**40, description="UTF-8 bytes taken of each domain at most"
     )
     tokenizer: Literal["bpe", "byte", "gpt2", "char"] = Field(
         default="bpe", description="bpe is trained on the training split"
@@ -235,6 +254,8 @@ class DataConfig(Section):
         values = dict(values)
         if isinstance(values.get("files"), str):
             values["files"] = [values["files"]]
+        if "" in (values.get("files") or ()):
+            raise FieldFault("files", "an empty path; name a file or folder")
         if values.get("files"):
             values["domains"] = []
         return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -267,7 +288,9 @@ class OptimConfig(Section):
     name: Literal["muon", "adamw"] = Field(
         default="muon", description="muon: Muon for hidden matrices, AdamW for the rest"
     )
-    lr: float = Field(gt=0, description="peak rate of hidden matrices, in AdamW's scale for both")
+    lr: float = Field(
+        gt=0, lt=1e30, description="peak rate of hidden matrices, in AdamW's scale for both"
+    )
     embedding_lr: float | None = Field(
         default=None, gt=0, description="peak rate of embeddings, head and norms; omitted: lr"
     )
@@ -292,16 +315,18 @@ class OptimConfig(Section):
         default=0.2, gt=0, le=1, description="wsd: share of all steps in the final linear decay"
     )
     min_lr_ratio: float = Field(
-        default=0.0, ge=0, le=1, description="rate at the last step, as a share of the peak"
+        default=0.0, ge=0, le=1, description="what the rate decays towards, as a share of the peak"
     )
 
 
 class TrainerConfig(Section):
     """How long, in what batches, in what precision, and how often to look."""
 
-    steps: int = Field(ge=1, description="optimizer steps")
-    batch_size: int = Field(ge=1, description="sequences per micro-batch (B)")
-    accumulate: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
+    steps: int = Field(ge=1, le=2**31, description="optimizer steps")
+    batch_size: int = Field(ge=1, le=2**20, description="sequences per micro-batch (B)")
+    accumulate: int = Field(
+        default=1, ge=1, le=2**20, description="micro-batches per optimizer step"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto: bf16 autocast on GPUs that have it, else fp32"
     )
@@ -309,16 +334,18 @@ class TrainerConfig(Section):
         default="auto", description="auto: a GPU where there is one"
     )
     compile: bool = Field(default=False, description="torch.compile of the decoder; needs g++")
-    val_every: int = Field(default=100, ge=1, description="steps between validations")
-    save_every: int = Field(default=100, ge=1, description="steps between last.ckpt writes")
-    log_every: int = Field(default=10, ge=1, description="steps between rows of metrics")
+    val_every: int = Field(default=100, ge=1, le=2**31, description="steps between validations")
+    save_every: int = Field(
+        default=100, ge=1, le=2**31, description="steps between last.ckpt writes"
+    )
+    log_every: int = Field(default=10, ge=1, le=2**31, description="steps between rows of metrics")
     sample_prompt: str = Field(default="The", description="continued once at the end of training")
 
 
 class Recipe(Section):
     """A whole run. Paths in it are relative to the working directory."""
 
-    seed: int = Field(default=1337, ge=0, description="draws weights and data order")
+    seed: int = Field(default=1337, ge=0, lt=2**63, description="draws weights and data order")
     model: ModelConfig
     data: DataConfig = DataConfig()
     optim: OptimConfig

@@ -45,7 +45,7 @@ class Score:
         return {
             "ce": self.ce,
             "bpb": self.bpb,
-            "perplexity": math.exp(self.ce),
+            "perplexity": math.exp(self.ce) if self.ce < 700 else math.inf,
             "tokens": self.tokens,
             "bytes": self.n_bytes,
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -59,11 +60,12 @@ def dump(recipe: Recipe) -> str:
 
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     """One file merged over its chain of `base:` files."""
+    text = _read(path)
     resolved = path.resolve()
     if resolved in seen:
         chain = " -> ".join(str(p.name) for p in (*seen, resolved))
         raise UserError(f"{path}: base: these files inherit in a circle ({chain}); break it")
-    tree = _parse(_read(path), str(path))
+    tree = _parse(text, str(path))
     base = tree.values.pop("base", None)
     if base is None:
         return tree
@@ -89,7 +91,7 @@ def parse_override(text: str) -> Tree:
     keys = tuple(key.strip().split("."))
     if not equals or not all(keys):
         raise UserError(f"override '{text}': write it as key=value, such as optim.lr=0.01")
-    where = f"override {text}"
+    where = f"override {text[:100]}"
     try:
         node = YAML().load(value) if value.strip() else None
     except Exception as error:  # ruamel raises many kinds, for odd tags and numbers above all
@@ -119,6 +121,8 @@ def validate(tree: Tree, source: str) -> Recipe:
 
 def _read(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a file; name a recipe file")
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path}: larger than {MAX_BYTES} bytes; this is not a recipe")
         return path.read_text(encoding="utf-8")
@@ -232,7 +236,7 @@ def _message(fault: Any, keys: Keys) -> tuple[str, bool]:
     if kind == "value_error":
         return str(ctx["error"]), False
     if kind == "literal_error":
-        return f"{given!r} is not one of {ctx['expected']}", False
+        return f"{_as_yaml(given)} is not one of {ctx['expected']}", False
     wants = {
         "int_type": "a whole number",
         "int_from_float": "a whole number",
@@ -246,8 +250,13 @@ def _message(fault: Any, keys: Keys) -> tuple[str, bool]:
         "finite_number": "a finite number",
     }
     if kind in wants:
-        return f"must be {wants[kind]}, not {given!r}", False
-    return f"{fault['msg'].removeprefix('Input ')}, not {given!r}", False
+        return f"must be {wants[kind]}, not {_as_yaml(given)}", False
+    return f"{fault['msg'].removeprefix('Input ')}, not {_as_yaml(given)}", False
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as the user wrote it, more or less, and not too long."""
+    return json.dumps(value, default=str)[:80]
 
 
 def _did_you_mean(keys: Keys) -> str:

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import subprocess
+import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,9 +26,11 @@ from nano_moe import recipe_file
 from nano_moe.accounting import count
 from nano_moe.config import Recipe
 from nano_moe.errors import UserError
+from nano_moe.files import write_text
 
 if TYPE_CHECKING:
     from nano_moe.model.gpt import GPT
+    from nano_moe.text.store import Corpus
 
 ROOT = Path("checkpoints")
 SCHEMA = 1  # of a checkpoint's contents; raised when an older reader would misread it
@@ -83,7 +86,11 @@ def create(recipe: Recipe, *, stem: str, name: str | None = None, root: Path = R
     """
     root.mkdir(parents=True, exist_ok=True)
     run = Run(_claim_next(root, stem) if name is None else _claim(root, name))
-    write_text(run.recipe_file, recipe_file.dump(recipe))
+    try:
+        write_text(run.recipe_file, recipe_file.dump(recipe))
+    except OSError:
+        run.path.rmdir()
+        raise
     return run
 
 
@@ -122,7 +129,7 @@ def find(name: str, root: Path = ROOT) -> Run:
     raise UserError(f"run '{name}': no such run; {known}")
 
 
-def describe(recipe: Recipe, *, corpus: Any, device: str, tokens: int) -> dict[str, Any]:
+def describe(recipe: Recipe, *, corpus: Corpus, device: str) -> dict[str, Any]:
     """The manifest: what made this run, enough to repeat or to doubt it."""
     counted = count(recipe)
     return {
@@ -132,7 +139,11 @@ def describe(recipe: Recipe, *, corpus: Any, device: str, tokens: int) -> dict[s
         "versions": {"python": platform.python_version(), **_versions()},
         "device": device,
         "seed": recipe.seed,
-        "corpus": {"sha256": corpus.sha256, "path": str(corpus.path), "train_tokens": tokens},
+        "corpus": {
+            "sha256": corpus.sha256,
+            "path": str(corpus.path),
+            "train_tokens": len(corpus.train),
+        },
         "parameters": {
             "total": counted.total_params,
             "active": counted.active_params,
@@ -150,7 +161,9 @@ def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; the run may not have saved one yet")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on foreign files torch also warns
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises many kinds for truncated or foreign files
         reason = (str(error).splitlines() or ["unreadable"])[0].split(". ")[0][:120]
         raise UserError(
@@ -166,6 +179,10 @@ def check_schema(checkpoint: Any, path: Path) -> None:
     ours = checkpoint.get("nano_moe") if isinstance(checkpoint, dict) else None
     if not isinstance(ours, dict) or not isinstance(ours.get("schema"), int):
         raise UserError(f"{path}: a checkpoint, but not one of nano_moe; give a run of this kit")
+    state, step = checkpoint.get("state_dict"), checkpoint.get("global_step")
+    whole = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not whole or not isinstance(step, int) or ours["schema"] < 1:
+        raise UserError(f"{path}: a checkpoint without weights or step; it is damaged")
     if ours["schema"] > SCHEMA:
         raise UserError(
             f"{path}: written with checkpoint schema {ours['schema']}, this version reads up to "
@@ -197,7 +214,7 @@ def load_model(run: Run, *, device: str = "cpu") -> tuple[Recipe, GPT, int]:
     return recipe, model.to(device).eval(), int(checkpoint["global_step"])
 
 
-def check_corpus(run: Run, corpus: Any) -> None:
+def check_corpus(run: Run, corpus: Corpus) -> None:
     """Raises UserError where the text or the vocabulary is not what the run was trained on."""
     trained_on = run.manifest().get("corpus", {}).get("sha256")
     if trained_on != corpus.sha256:
@@ -208,27 +225,43 @@ def check_corpus(run: Run, corpus: Any) -> None:
         )
 
 
+def check_recipe(run: Run, recipe: Recipe, checkpoint: dict[str, Any]) -> None:
+    """Raises UserError where the recipe is not the one that the checkpoint was trained with."""
+    stored, now = checkpoint["nano_moe"]["recipe"], recipe.model_dump(mode="json")
+    changed = first_difference(stored, now)
+    if changed is not None:
+        raise UserError(
+            f"{run.recipe_file}: {changed} was changed since {run.last} was written; resume goes "
+            "on exactly as begun, so undo the change, or train this recipe as a new run"
+        )
+
+
+def first_difference(one: Any, other: Any, field: str = "") -> str | None:
+    """The first dotted field in which two nested mappings differ; None where they do not."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return None if one == other else field
+    for key in dict.fromkeys([*one, *other]):
+        dotted = f"{field}.{key}" if field else str(key)
+        found = first_difference(one.get(key), other.get(key), dotted)
+        if found is not None:
+            return found
+    return None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
     except FileNotFoundError:
         raise UserError(f"{path}: missing; this run folder is incomplete") from None
-    except (ValueError, UnicodeDecodeError):
-        raise UserError(f"{path}: not JSON; this run folder is damaged") from None
+    except (ValueError, RecursionError):
+        pass
+    raise UserError(f"{path}: not JSON of a run; this run folder is damaged") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def git_commit() -> str | None:

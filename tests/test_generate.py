@@ -77,8 +77,8 @@ def test_temperature_divides_the_logits(values, temperature):
 def test_top_k_keeps_the_k_likeliest_and_their_proportions(values, k):
     logits = torch.tensor(values)
     kept = sorted(range(len(values)), key=lambda i: -values[i])[:k]
-    expected = torch.zeros(len(values))
-    expected[kept] = logits[kept].softmax(-1)
+    expected = torch.zeros(len(values), dtype=torch.float64)
+    expected[kept] = logits[kept].double().softmax(-1)
     torch.testing.assert_close(distribution(logits, top_k=k), expected, rtol=1e-3, atol=1e-6)
 
 
@@ -112,9 +112,9 @@ def test_the_coldest_draw_is_the_likeliest_token(temperature):
     assert found.tolist() == [0, 1, 0, 0]
 
 
-def test_bfloat16_logits_are_drawn_from_in_float32():
+def test_bfloat16_logits_are_drawn_from_in_float64():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert distribution(logits).dtype == torch.float32
+    assert distribution(logits).dtype == torch.float64
     assert torch.equal(distribution(logits), distribution(logits.float()))
 
 
@@ -224,7 +224,7 @@ def test_rows_of_the_embedding_that_no_token_uses_are_never_drawn():
 
 @pytest.mark.parametrize("n", [0, -3])
 def test_settings_that_fit_no_distribution_are_refused(n):
-    good = {"max_tokens": 1, "temperature": 1.0, "top_k": None, "top_p": 1.0}
+    good = {"max_tokens": 1, "temperature": 1.0, "top_k": None, "top_p": 1.0, "seed": 0}
     check_sampling(**good)
     check_sampling(**good | {"temperature": 0, "top_k": 1})
     for bad in ({"max_tokens": n}, {"top_k": n}, {"top_p": n}, {"temperature": n - 0.1}):
@@ -235,3 +235,17 @@ def test_settings_that_fit_no_distribution_are_refused(n):
     for bad in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="--temperature"):
             check_sampling(**good | {"temperature": bad})
+    with pytest.raises(UserError, match="^--seed "):
+        check_sampling(**good | {"seed": 2**70})
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-300}, {"top_p": 1e-300}])
+def test_a_setting_too_small_for_float32_is_the_likeliest_token(settings):
+    found = distribution(torch.tensor([0.0, 3.0, 2.0]), **settings)
+    assert found.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_finite_are_refused(temperature):
+    with pytest.raises(UserError, match="diverged"):
+        distribution(torch.tensor([0.0, float("nan")]), temperature)

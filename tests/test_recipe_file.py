@@ -203,11 +203,11 @@ def test_every_recipe_survives_dump_and_load(lr, decay, prompt, files, seed):
         (10, ("n_experts:", "n_expert:"), ["model.moe.n_expert: no such field", "'n_experts'?"]),
         (13, ("lr:", "learning: 1\n  lr:"), ["optim.learning: no such", "there are name, lr"]),
         (6, ("d_model: 64", "d_model: 1e3"), ["model.d_model: must be a whole number", "1000.0"]),
-        (6, ("d_model: 64", "d_model: '64'"), ["model.d_model: must be a whole number", "'64'"]),
-        (6, ("d_model: 64", "d_model: true"), ["model.d_model: must be a whole number", "True"]),
+        (6, ("d_model: 64", "d_model: '64'"), ["model.d_model: must be a whole number", '"64"']),
+        (6, ("d_model: 64", "d_model: true"), ["model.d_model: must be a whole number", "true"]),
         (6, ("d_model: 64", "d_model: [64]"), ["model.d_model: must be a whole number"]),
-        (6, ("d_model: 64", "d_model:"), ["model.d_model: must be a whole number", "None"]),
-        (13, ("lr: 6e-4", "lr: fast"), ["optim.lr: must be a number", "'fast'"]),
+        (6, ("d_model: 64", "d_model:"), ["model.d_model: must be a whole number", "null"]),
+        (13, ("lr: 6e-4", "lr: fast"), ["optim.lr: must be a number", '"fast"']),
         (13, ("lr: 6e-4", "lr: .nan"), ["optim.lr: must be a finite number"]),
         (13, ("lr: 6e-4", "lr: .inf"), ["optim.lr: must be a finite number"]),
         (13, ("lr: 6e-4", "lr: 0"), ["optim.lr: ", "greater than 0"]),
@@ -342,7 +342,7 @@ def test_a_file_that_is_not_utf8_is_refused(folder):
 def test_a_missing_recipe_names_near_files(folder):
     with pytest.raises(UserError, match=r"bse\.yaml: no such recipe; did you mean .*base\.yaml\?"):
         recipe_file.load("bse.yaml")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not a file"):
         recipe_file.load(".")
 
 

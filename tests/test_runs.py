@@ -216,7 +216,7 @@ def test_a_failed_write_leaves_the_file_as_it_was_and_nothing_beside_it(folder, 
     def full(*arguments, **named):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for broken in ("nano_moe.runs.os.replace", "pathlib.Path.write_text"):
+    for broken in ("nano_moe.files.os.replace", "nano_moe.files.os.fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(broken, full)
             with pytest.raises(OSError, match="No space"):

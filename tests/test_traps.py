@@ -9,6 +9,7 @@ Shapes: B batch, T time, N tokens, D d_model, E experts, K top_k, L layers.
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from nano_moe.model.routing import (
     scores_of,
 )
 from nano_moe.training import optimizers
+from nano_moe.training.data import TokenData
 from nano_moe.training.module import Decoder, balance_terms
 from nano_moe.training.optimizers import MuonAdamW, parameter_groups
 
@@ -689,6 +691,49 @@ def test_t23_combine_is_deterministic():
     assert_combine_is_deterministic(loop)
     with mistake:
         assert_combine_is_deterministic(in_any_order)
+
+
+# T23, once more: where the data stood and the random state belong in a checkpoint
+
+
+def assert_goes_on_with_the_next_batch(data_type, recipe, corpus) -> None:
+    whole = iter(data_type(corpus, recipe).train_dataloader())
+    batches = [next(whole) for _ in range(4)]
+    stopped, resumed = data_type(corpus, recipe), data_type(corpus, recipe)
+    stopped.trainer = SimpleNamespace(global_step=3)
+    resumed.load_state_dict(stopped.state_dict())
+    assert torch.equal(next(iter(resumed.train_dataloader())), batches[3])
+
+
+def assert_random_state_returns(decoder_type, recipe) -> None:
+    decoder, checkpoint = decoder_type(recipe), {}
+    torch.manual_seed(5)
+    decoder.on_save_checkpoint(checkpoint)
+    drawn = torch.rand(3)
+    decoder.on_load_checkpoint(checkpoint)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_t23_data_and_random_state_go_on(recipe_of, dense_config, tiny_corpus):
+    recipe = recipe_of(dense_config())
+    assert_goes_on_with_the_next_batch(TokenData, recipe, tiny_corpus)
+    assert_random_state_returns(Decoder, recipe)
+
+
+def test_t23_mistakes_of_forgetting(recipe_of, dense_config, tiny_corpus):
+    class ForgetsItsPlace(TokenData):
+        def state_dict(self):
+            return {"consumed": 0}
+
+    class ForgetsItsDraws(Decoder):
+        def on_load_checkpoint(self, checkpoint):
+            pass
+
+    recipe = recipe_of(dense_config())
+    with mistake:
+        assert_goes_on_with_the_next_batch(ForgetsItsPlace, recipe, tiny_corpus)
+    with mistake:
+        assert_random_state_returns(ForgetsItsDraws, recipe)
 
 
 # T25: an expert without tokens is left alone

@@ -21,9 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     found = runs.find(args.run)
+    from nano_moe.device import choose_device, choose_precision
     from nano_moe.evaluation import evaluate
     from nano_moe.text.store import prepare
-    from nano_moe.training.fit import choose_device, choose_precision
 
     stored = found.recipe()
     device = choose_device(stored)

@@ -36,7 +36,7 @@ def finish(run: Run, recipe: Recipe, corpus: Corpus, result: Result, *, as_json:
         f"{run.path}: {result.step} steps in {duration(result.seconds)} of training\n"
         f"validation loss {overall.ce:.4f} nats per token, {overall.bpb:.4f} bits per byte "
         f"({overall.tokens:,} tokens)\n"
-        f"sample: {_sample(run, recipe, corpus)}\n"
+        f"{_sample(run, recipe, corpus)}\n"
         f"TensorBoard: {_tensorboard()} --logdir {run.path.parent} --host 127.0.0.1"
     )
     return 0
@@ -45,9 +45,11 @@ def finish(run: Run, recipe: Recipe, corpus: Corpus, result: Result, *, as_json:
 def _sample(run: Run, recipe: Recipe, corpus: Corpus) -> str:
     from nano_moe.inference.generate import generate
 
-    _, model, _ = load_model(run)
+    _, model, step = load_model(run)
     prompt = recipe.trainer.sample_prompt
-    return prompt + "".join(generate(model, corpus.tokenizer, prompt, max_tokens=100))
+    text = prompt + "".join(generate(model, corpus.tokenizer, prompt, max_tokens=100))
+    best = "" if step == recipe.trainer.steps else f" (best.ckpt, of step {step})"
+    return f"sample{best}: {text}"
 
 
 def _tensorboard() -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -23,6 +25,9 @@ VERBS = {
     "prepare": "read, split and tokenize a recipe's text",
 }
 
+WRITERS = ("train", "resume", "prepare")
+TRACEBACK = "NANO_MOE_TRACEBACK"  # set it to see where an unforeseen error came from
+
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose faults are one line."""
@@ -32,22 +37,34 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; the exit status: 0 done, 2 the user's to mend, 128 + n stopped by signal n."""
+    """Run a verb; the exit status: 0 done, 1 or 2 failed, 128 + n stopped by signal n."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character gets a "?"
+    # A background writer's fault shows up again where the main thread writes.
+    threading.excepthook = lambda _: None
     try:
         return _dispatch(arguments)
     except UserError as error:
         return _fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1 if arguments[0] in WRITERS else 0
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; check the path, its rights and the disk")
+    except MemoryError:
+        return _fail("out of memory; lower trainer.batch_size, model.context or the model's sizes")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if TRACEBACK in os.environ:
+            raise
+        what = f"{type(error).__name__}: {error}"
+        return _fail(f"{what[:300]}; not foreseen, set {TRACEBACK}=1 to see where", status=1)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -64,6 +81,6 @@ def _dispatch(arguments: list[str]) -> int:
     return module.run(parser.parse_intermixed_args(rest)) or 0
 
 
-def _fail(message: str) -> int:
-    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
-    return 2
+def _fail(message: str, status: int = 2) -> int:
+    sys.stderr.write("error: " + " ".join(message.splitlines()) + "\n")
+    return status

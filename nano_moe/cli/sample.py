@@ -24,18 +24,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     found = runs.find(args.run)
     from nano_moe.inference.generate import check_sampling, generate
-    from nano_moe.text.tokenizer import Tokenizer
+    from nano_moe.text.tokenizer import Tokenizer, check_fits
 
     settings = {
         "max_tokens": args.tokens,
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
+        "seed": args.seed,
     }
     check_sampling(**settings)
     _, model, step = runs.load_model(found)
     tokenizer = Tokenizer.load(found.tokenizer_file)
-    pieces = generate(model, tokenizer, args.prompt, seed=args.seed, **settings)
+    check_fits(tokenizer, model.config.vocab_size)
+    pieces = generate(model, tokenizer, args.prompt, **settings)
     if args.json:
         begun = time.perf_counter()
         text = "".join(pieces)

@@ -24,15 +24,16 @@ def run(args: argparse.Namespace) -> int:
     if args.name is not None:
         runs.check_name_is_free(args.name)
     print_count(args.recipe, accounting.count(recipe), to_stderr=args.json)
+    from nano_moe.device import check_memory
     from nano_moe.text.store import prepare
 
+    check_memory(recipe)
     corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context)
-    from nano_moe.training.fit import choose_device, fit
+    from nano_moe.training.fit import fit
 
-    choose_device(recipe)
     created = runs.create(recipe, stem=runs.stem_of(Path(args.recipe)), name=args.name)
-    print(f"run {created.path}", file=sys.stderr)
     try:
+        print(f"run {created.path}", file=sys.stderr)
         result = fit(created, recipe, corpus)
     finally:
         if not created.last.exists():  # it never began: leave no empty folder under that name

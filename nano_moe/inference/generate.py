@@ -24,10 +24,12 @@ def next_token_probabilities(
     Temperature 0 puts everything on the likeliest token. Top-p keeps the smallest set of
     likeliest tokens whose mass reaches `top_p` (Holtzman et al. 2020, eq. 2-3).
     """
-    logits = logits.float()
+    if not torch.isfinite(logits).all():
+        raise UserError("the model's logits are not finite; this run diverged, use another")
+    logits = logits.double()  # so that a tiny temperature or top-p does not round to 0
     if temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
-    ranked, order = (logits / temperature).sort(descending=True, stable=True)
+    ranked, order = ((logits - logits.max()) / temperature).sort(descending=True, stable=True)
     ranked = ranked.softmax(-1)
     if top_k is not None:
         ranked[top_k:] = 0
@@ -70,7 +72,9 @@ def generate(
     yield decoder.decode(b"", final=True)
 
 
-def check_sampling(*, max_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
+def check_sampling(
+    *, max_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int
+) -> None:
     """Raises UserError for settings that no distribution fits."""
     if max_tokens < 1:
         raise UserError(f"--tokens {max_tokens}: ask for at least 1")
@@ -78,5 +82,7 @@ def check_sampling(*, max_tokens: int, temperature: float, top_k: int | None, to
         raise UserError(f"--temperature {temperature}: must be 0 (greedy) or more")
     if top_k is not None and top_k < 1:
         raise UserError(f"--top-k {top_k}: must be at least 1")
+    if abs(seed) >= 2**63:
+        raise UserError(f"--seed {seed}: must fit 64 bits")
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p {top_p}: must be above 0 and at most 1")

@@ -18,8 +18,6 @@ from nano_moe.model.moe import MoE
 from nano_moe.model.ops import RMSNorm, at_least_float32
 from nano_moe.model.routing import Router, Routing
 
-IGNORE = -100  # target of a position that is not scored
-
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
@@ -81,10 +79,10 @@ class GPT(nn.Module):
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Next-token cross-entropy in nats, in at least float32.
 
-    logits (B, T, V), targets (B, T) with IGNORE where unscored; scalar, or (B*T,) for "none".
+    logits (B, T, V), targets (B, T); scalar, or (B*T,) for "none".
     """
     wide = at_least_float32(logits.flatten(0, -2))
-    return F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+    return F.cross_entropy(wide, targets.flatten(), reduction=reduction)
 
 
 @torch.no_grad()

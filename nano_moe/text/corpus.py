@@ -70,7 +70,7 @@ def split(everything: list[Document], data: DataConfig) -> tuple[list[Document],
 
 def _check_validation(domain: str, n_bytes: int, data: DataConfig) -> None:
     expected = data.bytes_per_domain * data.val_fraction
-    least = LEAST_VAL_BYTES if expected >= 2 * LEAST_VAL_BYTES else 1
+    least = LEAST_VAL_BYTES if expected >= LEAST_VAL_BYTES else 1
     if n_bytes < least:
         raise UserError(
             f"domain {domain} keeps {n_bytes:,} bytes for validation, fewer than {least:,}; "

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +52,7 @@ def listed(named: tuple[str, ...]) -> list[TextFile]:
     """
     files: dict[Path, TextFile] = {}
     names: Counter[str] = Counter()
-    for file in (file for name in named for file in _files_of(Path(name).expanduser())):
+    for file in (file for name in named for file in _files_of(Path(os.path.expanduser(name)))):
         if file.path.resolve() in files:
             continue
         names[file.name] += 1
@@ -138,10 +140,11 @@ def _jsonl(file: TextFile) -> Iterator[Document]:
         where = f"{file.path}:{number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            reason = str(error).split(":")[0] or "too deep"
+            column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise UserError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}); "
-                'write one {"text": "..."} a line'
+                f'{where}: not JSON ({reason}{column}); write one {{"text": "..."}} a line'
             ) from error
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
@@ -150,26 +153,33 @@ def _jsonl(file: TextFile) -> Iterator[Document]:
 
 
 def _parquet(file: TextFile) -> Iterator[Document]:
+    with closing(_parquet_texts(file.path)) as texts:
+        for number, text in enumerate(texts, 1):
+            where = f"{file.path}: row {number}"
+            if not isinstance(text, str):
+                raise UserError(f"{where}: 'text' is not a string; drop the row or fill it")
+            yield Document(f"{file.name}:{number}", file.domain, _whole(text, where))
+
+
+def _parquet_texts(path: Path) -> Generator[object]:
+    """The column `text`, row by row; a fault anywhere in the file is the user's to mend."""
     from datasets import load_dataset
 
     try:
-        rows = load_dataset("parquet", data_files=str(file.path), split="train", streaming=True)
+        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         columns = list(rows.features or {})
+        if "text" in columns:
+            yield from (row["text"] for row in rows.select_columns("text"))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{file.path}: not a readable parquet file ({reason}); write it again, "
+            f"{path}: not a readable parquet file ({reason}); write it again, "
             "or leave it out of data.files"
         ) from error
     if "text" not in columns:
         raise UserError(
-            f"{file.path}: no column 'text' among {', '.join(columns)}; rename the text's column"
+            f"{path}: no column 'text' among {', '.join(columns)}; rename the text's column"
         )
-    for number, row in enumerate(rows.select_columns("text"), 1):
-        where = f"{file.path}: row {number}"
-        if not isinstance(row["text"], str):
-            raise UserError(f"{where}: 'text' is not a string; drop the row or fill it")
-        yield Document(f"{file.name}:{number}", file.domain, _whole(row["text"], where))
 
 
 def _whole(text: str, where: str) -> str:

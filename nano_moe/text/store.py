@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
+from nano_moe.files import sync
 from nano_moe.text import corpus
 from nano_moe.text import tokenizer as tokenizers
 from nano_moe.text.split import Document
@@ -36,6 +37,10 @@ log = logging.getLogger("nano_moe")
 
 FORMAT = 1  # part of every folder's key; raise it when the same text would give other tokens
 SPLITS = ("train", "val")
+OURS = {"meta.json", "documents.tsv", "tokenizer.json", "train.npy", "val.npy"} | {
+    f"{split}_documents.npy" for split in SPLITS
+}
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UserError)
 BATCH = 2_000_000  # bytes tokenized between two steps of the progress bar
 
 
@@ -84,7 +89,7 @@ def prepare(data: DataConfig, vocab_size: int, context: int, *, progress: bool =
     than `context` tokens, and a cache that cannot be written.
     """
     found = corpus.sources(data)
-    folder = Path(data.cache).expanduser() / _folder_name(data, vocab_size, found)
+    folder = Path(os.path.expanduser(data.cache)) / _folder_name(data, vocab_size, found)
     prepared = _open_or_remove(folder)
     if prepared is None:
         _build(folder, data, vocab_size, context, found, progress)
@@ -107,7 +112,7 @@ def open_corpus(path: Path) -> Corpus:
         train, val = (_open_split(path, name) for name in SPLITS)
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         return Corpus(path, train, val, tokenizer, tuple(meta["domains"]), meta["sha256"], meta)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+    except DAMAGE as error:
         raise UserError(
             f"{path}: damaged or incomplete tokens ({error}); delete that folder and prepare again"
         ) from error
@@ -127,6 +132,8 @@ def _open_or_remove(folder: Path) -> Corpus | None:
         return open_corpus(folder)
     except UserError as error:
         log.warning("%s; preparing it again", str(error).split("; delete")[0])
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - OURS:
+        raise UserError(f"{folder}: in the way of prepared tokens and not ours; move it elsewhere")
     with suppress(OSError):  # another process may have moved it first
         shutil.rmtree(folder.rename(_aside(folder)))
     return None
@@ -147,7 +154,9 @@ def _folder_name(data: DataConfig, vocab_size: int, found: corpus.Sources) -> st
         decides |= {"vocab_size": vocab_size, "rustbpe": importlib.metadata.version("rustbpe")}
         kind += str(vocab_size)
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-    stem = Path(data.files[0]).expanduser().resolve().stem if data.files else "embedded"
+    stem = (
+        Path(os.path.abspath(os.path.expanduser(data.files[0]))).stem if data.files else "embedded"
+    )
     readable = "".join(c if c.isalnum() or c in "-_" else "_" for c in stem)[:40]
     return f"{readable}-{kind}-{key}"
 
@@ -287,13 +296,13 @@ def _beside(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in [*partial.iterdir(), partial]:
-            _sync(path)
+            sync(path)
         try:
             partial.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -309,14 +318,6 @@ def _remove_abandoned(folder: Path) -> None:
 def _aside(folder: Path) -> Path:
     """A name beside the folder that no other process uses."""
     return folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

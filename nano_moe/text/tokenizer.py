@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
+from nano_moe.files import write_text
 
 if TYPE_CHECKING:
     import tiktoken
@@ -80,7 +82,7 @@ class Tokenizer:
         """Write one JSON file that `load` reads back. Raises OSError when it cannot be written."""
         header = {"format": FORMAT, "kind": self.kind, "n_vocab": self.n_vocab}
         text = json.dumps(header | {"end_id": self.end_id} | self._table(), indent=0)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_text(Path(path), text + "\n")
 
     def _table(self) -> dict[str, Any]:
         return {}
@@ -95,7 +97,7 @@ class Tokenizer:
             tokenizer = _restore(saved)
             if tokenizer.n_vocab != saved["n_vocab"]:
                 raise ValueError(f"{tokenizer.n_vocab} ids, the header says {saved['n_vocab']}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path}: not a readable tokenizer ({type(error).__name__}: {error}); "
                 "prepare the data again, or restore the file"
@@ -174,6 +176,8 @@ class BPETokenizer(Tokenizer):
         """GPT-2's merges from a file of base64 ranks. Raises UserError unless it is that file."""
         remedy = "point data.gpt2_ranks at an intact r50k_base.tiktoken"
         try:
+            if path.exists() and not path.is_file():
+                raise OSError(0, "not a file")
             raw = path.read_bytes()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
@@ -222,7 +226,7 @@ def make(data: DataConfig, vocab_size: int, texts: Sequence[str]) -> Tokenizer:
         tokenizer = CharTokenizer.train(texts)
     elif data.tokenizer == "gpt2":
         assert data.gpt2_ranks is not None
-        tokenizer = BPETokenizer.gpt2(Path(data.gpt2_ranks).expanduser())
+        tokenizer = BPETokenizer.gpt2(Path(os.path.expanduser(data.gpt2_ranks)))
     else:
         tokenizer = BPETokenizer.train(_sample(texts), vocab_size)
     check_fits(tokenizer, vocab_size)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import warnings
 from dataclasses import dataclass
 
@@ -10,16 +12,17 @@ import lightning as L
 import torch
 
 from nano_moe.config import Recipe
+from nano_moe.device import choose_device, choose_precision
 from nano_moe.errors import UserError
 from nano_moe.evaluation import Evaluation
-from nano_moe.runs import Run, check_corpus, describe, read_checkpoint, write_json
+from nano_moe.files import remove_torn
+from nano_moe.runs import Run, check_corpus, check_recipe, describe, read_checkpoint, write_json
 from nano_moe.text.store import Corpus
 from nano_moe.training.checkpoint import AtomicCheckpointIO, SaveLast
 from nano_moe.training.clock import Clock
 from nano_moe.training.data import TokenData
 from nano_moe.training.module import Decoder, NonFiniteTraining
 from nano_moe.training.nonfinite import report_nonfinite
-from nano_moe.training.optimizers import native_bf16
 from nano_moe.training.progress import Progress
 from nano_moe.training.signals import StopSignal
 from nano_moe.training.telemetry import Recorder, Telemetry
@@ -45,7 +48,7 @@ def fit(
     _quiet()
     clock, stop = Clock(), StopSignal()
     recorder = Recorder(run, start)
-    telemetry = Telemetry(recorder, clock, recipe.trainer.log_every, recipe.tokens_per_step)
+    telemetry = Telemetry(recorder, clock, recipe, precision)
     validation = Validation(run, corpus, recorder, clock, precision)
     bar = Progress(recipe.tokens_per_step, clock, validation, progress)
     save = SaveLast(run, recipe.trainer.save_every, stop, clock)
@@ -53,6 +56,7 @@ def fit(
     torch.manual_seed(recipe.seed)  # a resumed run's state comes from its checkpoint
     module = Decoder(recipe)
     if recipe.trainer.compile:
+        check_compiler(device)
         module.model.compile()
     try:
         data = TokenData(corpus, recipe)
@@ -79,29 +83,21 @@ def prepare_run(
     """Write what describes a new run, or check what is resumed; its step, None for a new run."""
     if resume:
         check_corpus(run, corpus)
-        return int(read_checkpoint(run.last)["global_step"])
+        remove_torn(run.path)
+        checkpoint = read_checkpoint(run.last)
+        check_recipe(run, recipe, checkpoint)
+        return int(checkpoint["global_step"])
     corpus.tokenizer.save(run.tokenizer_file)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    tokens = len(corpus.train)
-    write_json(run.manifest_file, describe(recipe, corpus=corpus, device=name, tokens=tokens))
+    write_json(run.manifest_file, describe(recipe, corpus=corpus, device=name))
     return None
 
 
-def choose_device(recipe: Recipe) -> torch.device:
-    """The device a recipe asks for; raises UserError where there is none."""
-    available = torch.cuda.is_available()
-    if recipe.trainer.accelerator == "gpu" and not available:
-        raise UserError("trainer.accelerator: gpu, but no CUDA GPU is usable; set it to auto")
-    use_gpu = available and recipe.trainer.accelerator != "cpu"
-    return torch.device("cuda" if use_gpu else "cpu")
-
-
-def choose_precision(recipe: Recipe) -> str:
-    """ "fp32" or "bf16"; `auto` is bf16 on GPUs that have it and fp32 elsewhere."""
-    if recipe.trainer.precision != "auto":
-        return recipe.trainer.precision
-    device = choose_device(recipe)
-    return "bf16" if device.type == "cuda" and native_bf16(device) else "fp32"
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile would find no C++ compiler for CPU code."""
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
+        raise UserError("trainer.compile: needs g++ or clang++, and none is found; set it to false")
 
 
 def _trainer(
@@ -128,5 +124,5 @@ def _quiet() -> None:
     """Our own output says what the trainer's notes would."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for text in (".*does not have many workers.*", ".*dataloader is not resumable.*"):
+    for text in (".*does not have many workers.*", ".*is not resumable.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", text)

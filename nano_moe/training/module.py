@@ -43,6 +43,7 @@ class Decoder(L.LightningModule):
         self.train_flops_per_token = count(recipe).train_flops_per_token
         self.gradient_norms: dict[str, Tensor] = {}
         self.learning_rates: dict[str, float] = {}  # of the step being taken, by group
+        self._step_loss: Tensor | float = 0.0  # summed over micro-batches
         self._step_counts: Tensor | None = None  # (L, E), summed over one optimizer step
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:  # (B, T + 1)
@@ -51,7 +52,7 @@ class Decoder(L.LightningModule):
         sparse = [routing for routing in routings if routing is not None]
         terms = balance_terms(sparse)
         loss = ce + self._weighted(terms)
-        self._loss = loss.detach()
+        self._step_loss = self._step_loss + loss.detach()
         # The trainer divides "loss" by the accumulation; "total_loss" stays what it is.
         output = {"loss": loss, "total_loss": loss.detach(), "ce": ce.detach()}
         if sparse:
@@ -80,7 +81,8 @@ class Decoder(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.gradient_norms = gradient_norms(self.model)
         self.learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        norm, loss = self.gradient_norms["total"].item(), self._loss.item()
+        norm, loss = self.gradient_norms["total"].item(), float(self._step_loss)
+        self._step_loss = 0.0
         if not (math.isfinite(norm) and math.isfinite(loss)):
             raise NonFiniteTraining(
                 f"step {self.global_step + 1}: loss is {loss:g} and the gradient norm {norm:g}"

@@ -18,10 +18,10 @@ def report_nonfinite(error: UserError, run: Run, module: Decoder) -> UserError:
     bad = [row["parameter"] for row in rows if row["gradient_max"] is None]
     path = run.path / "nonfinite.json"
     write_json(path, {"fault": str(error), "parameters": rows})
-    where = f"first in {bad[0]}" if bad else "in the loss itself"
+    where = f" (first in {bad[0]})" if bad else ""
     return UserError(
-        f"{error}, {where}; layer statistics are in {path}, the last good checkpoint is "
-        f"{run.last}; lower optim.lr and train anew, or resume"
+        f"{error}{where}; layer statistics are in {path}, the last good checkpoint is "
+        f"{run.last}; train anew with a lower optim.lr"
     )
 
 

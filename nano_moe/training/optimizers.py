@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nano_moe.config import OptimConfig
+from nano_moe.device import native_bf16
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024 (Muon)
 NEWTON_SCHULZ_STEPS = 5
@@ -96,19 +97,18 @@ class MuonAdamW(torch.optim.Optimizer):
             return
         grad, state = parameter.grad, self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = grad.new_zeros(grad.shape[:1] + (1, 1) if grad.ndim == 3 else ())
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        beta1, beta2, step = group["beta1"], group["beta2"], state["step"].item()
         live = _live(grad)
+        state["step"] += 1 if live is None else live  # an expert's own steps correct its moments
+        beta1, beta2, step = group["beta1"], group["beta2"], state["step"].clamp_min(1)
         _lerp(state["exp_avg"], grad, 1 - beta1, live)
         _lerp(state["exp_avg_sq"], grad.square(), 1 - beta2, live)
-        scale = group["lr"] / (1 - beta1**step)
+        average = state["exp_avg"] / (1 - beta1**step)
         denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update = state["exp_avg"] / denominator * scale
-        update += parameter * (group["lr"] * group["weight_decay"])
-        parameter.sub_(update if live is None else update * live)
+        update = (average / denominator).add_(parameter, alpha=group["weight_decay"])
+        parameter.sub_(update if live is None else update * live, alpha=group["lr"])
 
     def _muon(self, group: dict[str, Any]) -> None:
         """Nesterov momentum, orthogonalized; same-shaped matrices share one batched iteration."""
@@ -148,15 +148,6 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 are a hardware instruction on this device."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-    return False
 
 
 class Update(NamedTuple):

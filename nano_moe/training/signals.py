@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 from types import FrameType
 
@@ -33,4 +33,4 @@ class StopSignal(L.Callback):
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        print(f"\n{self.signal.name}: stopping after this step", file=sys.stderr)
+        os.write(2, f"\n{self.signal.name}: stopping after this step\n".encode())  # reentrant

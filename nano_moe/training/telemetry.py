@@ -1,8 +1,10 @@
 """What a run writes about itself: metrics.csv and TensorBoard events under one tag scheme.
 
-    train/<loss>              ce, loss, load_balancing_loss, router_z_loss
+    train/ce, train/loss      cross-entropy; what is minimized, weighted terms included
+    train/<term>              load_balancing_loss (1: even), router_z_loss; raw, mean over layers
     val/ce, val/bpb           overall; val_bpb/<domain> per domain
-    moe/layer<l>/<figure>     max_vio, load_entropy, max_share, dead_experts, router_entropy
+    moe/layer<l>/<figure>     max_vio, load_entropy, max_share, dead_experts, router_entropy and
+                              the raw terms of one layer
     moe_load/layer<l>/<e>     share of assignments that expert e took
     optim/lr/<group>, grad_norm/<part>, speed/tokens_per_second, speed/mfu
 
@@ -20,8 +22,11 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from nano_moe.config import Recipe
+from nano_moe.errors import UserError
+from nano_moe.files import write_text
 from nano_moe.model.balance import load_statistics
-from nano_moe.runs import Run, write_text
+from nano_moe.runs import Run
 from nano_moe.training.clock import Clock
 from nano_moe.training.step_callback import StepCallback
 
@@ -42,9 +47,12 @@ SCALARS = {
     "load_balancing_loss": "train/load_balancing_loss",
     "router_z_loss": "train/router_z_loss",
 }
+PER_LAYER = ("router_entropy", "load_balancing_loss", "router_z_loss")
 # Dense bf16 peak in FLOP/s from the makers' data sheets, by a part of the device's name.
 PEAK_FLOPS = {
     "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -80,7 +88,9 @@ def _drop_rows_after(path: Path, step: int) -> None:
     if not path.is_file():
         write_text(path, ",".join(COLUMNS) + "\n")
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if lines[:1] != [",".join(COLUMNS)]:
+        raise UserError(f"{path}: not this version's columns; move it aside, then resume")
     whole = [line for line in lines[1:] if line.count(",") == len(COLUMNS) - 1]
     kept = [line for line in whole if line.split(",")[0].isdigit()]
     kept = [line for line in kept if int(line.split(",")[0]) <= step]
@@ -90,9 +100,10 @@ def _drop_rows_after(path: Path, step: int) -> None:
 class Telemetry(StepCallback):
     """Averages step outputs between rows and records them every `log_every` steps."""
 
-    def __init__(self, recorder: Recorder, clock: Clock, log_every: int, tokens_per_step: int):
-        self.recorder, self.clock = recorder, clock
-        self.log_every, self.tokens_per_step = log_every, tokens_per_step
+    def __init__(self, recorder: Recorder, clock: Clock, recipe: Recipe, precision: str):
+        self.recorder, self.clock, self.precision = recorder, clock, precision
+        self.log_every = recipe.trainer.log_every
+        self.tokens_per_step = recipe.tokens_per_step
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
         self._row_seconds, self._row_step = 0.0, 0
@@ -130,7 +141,7 @@ class Telemetry(StepCallback):
     def _record(self, step: int, pl_module: Any) -> None:
         seconds = self.clock.read()
         scalars = {
-            tag: (self._sums[name] / self._batches).sum().item()
+            tag: (self._sums[name] / self._batches).mean().item()
             for name, tag in SCALARS.items()
             if name in self._sums
         }
@@ -149,7 +160,7 @@ class Telemetry(StepCallback):
             return {}
         counts = self._sums["counts"]
         figures = load_statistics(counts)
-        figures["router_entropy"] = self._sums["router_entropy"] / self._batches
+        figures |= {name: self._sums[name] / self._batches for name in PER_LAYER}
         shares = counts / counts.sum(-1, keepdim=True)
         scalars: dict[str, float] = {}
         for row, layer in enumerate(layers):
@@ -164,7 +175,7 @@ class Telemetry(StepCallback):
         if elapsed <= 0:
             return {}
         rate = (step - self._row_step) * self.tokens_per_step / elapsed
-        peak = peak_flops(pl_module.device)
+        peak = peak_flops(pl_module.device) if self.precision == "bf16" else None
         mfu = {} if peak is None else {"speed/mfu": rate * pl_module.train_flops_per_token / peak}
         return {"speed/tokens_per_second": rate, **mfu}
 

@@ -11,6 +11,7 @@ from nano_moe.evaluation import Evaluation, evaluate
 from nano_moe.runs import Run
 from nano_moe.text.store import Corpus
 from nano_moe.training.clock import Clock
+from nano_moe.training.module import NonFiniteTraining
 from nano_moe.training.step_callback import StepCallback
 from nano_moe.training.telemetry import Recorder, budget
 
@@ -55,6 +56,8 @@ class Validation(StepCallback):
         domains = {f"val_bpb/{name}": score.bpb for name, score in scored.domains.items()}
         self.recorder.write(step, {**row, **figures}, {**figures, **domains})
         self.latest = scored
+        if not math.isfinite(scored.overall.ce):
+            raise NonFiniteTraining(f"step {step}: validation loss is {scored.overall.ce:g}")
         if scored.overall.ce < self.best_ce:
             self.best_ce = scored.overall.ce
             trainer.save_checkpoint(self.run.best)

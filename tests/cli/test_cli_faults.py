@@ -23,7 +23,7 @@ RUN_VERBS = ("resume", "eval", "sample", "compare")
     ("old", "new", "parts"),
     [
         ("n_experts:", "n_expert:", ["tiny.yaml:10: model.moe.n_expert:", "'n_experts'"]),
-        ("d_ff: 64", "d_ff: wide", ["tiny.yaml:8: model.d_ff:", "a whole number", "'wide'"]),
+        ("d_ff: 64", "d_ff: wide", ["tiny.yaml:8: model.d_ff:", "a whole number", "wide"]),
         ("context: 16", "context: 16\n  context: 8", ["tiny.yaml:5:", "context", "twice"]),
         ("top_k: 2", "top_k: 9", ["tiny.yaml:11: model.moe.top_k:", "9", "n_experts=4"]),
         ("n_heads: 2", "n_heads: 3", ["tiny.yaml:7: model.n_heads:", "d_model=32"]),
@@ -288,6 +288,7 @@ def test_a_start_that_fails_leaves_no_run_folder(shop, monkeypatch):
 
     monkeypatch.setattr("nano_moe.training.fit.Decoder", fail)
     before = shop.files()
+    monkeypatch.setenv("NANO_MOE_TRACEBACK", "1")
     with pytest.raises(RuntimeError, match="no"):
         shop.run("train", "tiny.yaml", "--name", "x")
     assert shop.files() == before

@@ -157,6 +157,7 @@ def test_resume_goes_on_with_a_copy_of_a_run_under_another_name(shop, monkeypatc
         return original(module, batch, batch_idx) if len(step) != 5 else 1 / 0
 
     monkeypatch.setattr(Decoder, "training_step", crash_at_5)
+    monkeypatch.setenv("NANO_MOE_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         shop.run("train", "tiny.yaml", "--name", "x")
     Path("checkpoints/x").rename("elsewhere")

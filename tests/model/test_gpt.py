@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nano_moe.config import FieldFault
 from nano_moe.model.balance import load_balancing_loss, router_z_loss
 from nano_moe.model.ffn import FFN
-from nano_moe.model.gpt import IGNORE, cross_entropy
+from nano_moe.model.gpt import cross_entropy
 from nano_moe.model.moe import MoE
 
 KINDS = {
@@ -145,17 +145,16 @@ def test_a_pattern_without_a_sparse_layer_is_refused(moe_config):
     assert isinstance(fault, FieldFault) and fault.field == "moe.first_k_dense"
 
 
-def test_cross_entropy_scores_only_what_is_not_ignored():
+def test_cross_entropy_equals_log_sum_exp_less_the_target():
     torch.manual_seed(0)
     logits, targets = torch.randn(2, 4, 9), torch.randint(0, 9, (2, 4))
-    targets[0, 1] = targets[1, 3] = IGNORE
     each = cross_entropy(logits, targets, reduction="none")
     expected = []
     for row, target in zip(logits.flatten(0, 1).tolist(), targets.flatten().tolist(), strict=True):
         total = math.log(sum(math.exp(z) for z in row))
-        expected.append(0.0 if target == IGNORE else total - row[target])
+        expected.append(total - row[target])
     assert each.tolist() == pytest.approx(expected, abs=1e-5)
-    assert cross_entropy(logits, targets).item() == pytest.approx(sum(expected) / 6, abs=1e-5)
+    assert cross_entropy(logits, targets).item() == pytest.approx(sum(expected) / 8, abs=1e-5)
 
 
 def test_cross_entropy_of_bf16_logits_is_computed_in_float32():

@@ -253,7 +253,8 @@ def test_loser_of_a_race_uses_the_winners_folder(data, monkeypatch):
 
 def test_two_processes_at_once(data, tmp_path):
     code = (
-        "import sys; from nano_moe.config import DataConfig; from nano_moe.text.store import prepare\n"
+        "import sys; from nano_moe.config import DataConfig\n"
+        "from nano_moe.text.store import prepare\n"
         "data = DataConfig.model_validate_json(sys.argv[1])\n"
         "sys.stdin.readline()\n"
         "print(prepare(data, 300, 32).sha256)"

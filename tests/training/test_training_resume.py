@@ -2,14 +2,15 @@
 
 import contextlib
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from nano_moe import files
 from nano_moe.errors import UserError
-from nano_moe.training import checkpoint as checkpoints
 from nano_moe.training import module
 from nano_moe.training.module import Decoder
 
@@ -124,7 +125,7 @@ def test_a_killed_run_resumes_on_course(workshop, monkeypatch, when):
 
     def break_saving():
         if when == "before the rename":
-            monkeypatch.setattr(checkpoints.os, "replace", lambda *paths: die())
+            monkeypatch.setattr(files.os, "replace", lambda *paths: die())
         else:
             save = torch.save
             monkeypatch.setattr(torch, "save", lambda c, file: (save(c["loops"], file), die()))
@@ -187,3 +188,34 @@ def test_resuming_on_changed_text_is_refused_and_touches_nothing(workshop):
         workshop.resume(run)
     assert "\n" not in str(error.value)
     assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
+
+
+def test_resume_refuses_a_recipe_that_was_changed_and_touches_nothing(workshop):
+    recipe = workshop.recipe("softmax", trainer__steps=6)
+    workshop.during(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run, _ = workshop.train(recipe, "run")
+    text = run.recipe_file.read_text()
+    run.recipe_file.write_text(re.sub(r"\n  lr: .*", "\n  lr: 0.5", text))
+    before = {path.name: path.read_bytes() for path in run.path.iterdir()}
+    with pytest.raises(UserError, match=r"optim\.lr was changed since"):
+        workshop.resume(run)
+    assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
+
+
+def test_resume_refuses_metrics_of_other_columns_and_keeps_them(workshop):
+    recipe = workshop.recipe(trainer__steps=6)
+    workshop.during(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run, _ = workshop.train(recipe, "run")
+    run.metrics_file.write_text("step,other\n1,2\n")
+    with pytest.raises(UserError, match="not this version's columns"):
+        workshop.resume(run)
+    assert run.metrics_file.read_text() == "step,other\n1,2\n"
+
+
+def test_resume_removes_what_a_killed_save_left(workshop):
+    recipe = workshop.recipe(trainer__steps=6)
+    workshop.during(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run, _ = workshop.train(recipe, "run")
+    (run.path / ".last.ckpt.123.tmp").write_bytes(b"half")
+    workshop.resume(run)
+    assert not list(run.path.glob(".*.tmp"))

@@ -24,6 +24,7 @@ COLUMNS += ["train/router_z_loss", "val/ce", "val/bpb"]
 ALWAYS = {"train/loss", "train/ce", "val/ce", "val/bpb", "val_bpb/text", "grad_norm/total"}
 ALWAYS |= {"optim/lr/hidden", "optim/lr/embedding", "speed/tokens_per_second"}
 LAYER = ("max_vio", "load_entropy", "max_share", "dead_experts", "router_entropy")
+LAYER += ("load_balancing_loss", "router_z_loss")
 
 
 def events(run) -> dict[str, list[tuple[int, float]]]:
@@ -102,7 +103,8 @@ def test_training_figures_are_means_over_all_micro_batches_since_the_last_row(
             for name in ("loss", "ce", "load_balancing_loss", "router_z_loss")
         }
         for name, value in mean.items():
-            assert found[f"train/{name}"][i] == (step, pytest.approx(value, rel=1e-6))
+            per_layer = value / 2 if name.endswith(("balancing_loss", "z_loss")) else value
+            assert found[f"train/{name}"][i] == (step, pytest.approx(per_layer, rel=1e-6))
         weighted = 0.01 * mean["load_balancing_loss"] + 0.001 * mean["router_z_loss"]
         assert found["train/loss"][i][1] == pytest.approx(mean["ce"] + weighted, rel=1e-6)
         counts = sum(o["counts"] for o in part).double()  # (2 layers, 4 experts)

@@ -1,0 +1,59 @@
+"""Which device a recipe runs on, in what precision, and whether it fits."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from nano_moe.accounting import FLOAT32_BYTES, count
+from nano_moe.config import Recipe
+from nano_moe.errors import UserError
+
+
+def choose_device(recipe: Recipe) -> torch.device:
+    """The device a recipe asks for; raises UserError where there is none."""
+    available = torch.cuda.is_available()
+    if recipe.trainer.accelerator == "gpu" and not available:
+        raise UserError("trainer.accelerator: gpu, but no CUDA GPU is usable; set it to auto")
+    use_gpu = available and recipe.trainer.accelerator != "cpu"
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def choose_precision(recipe: Recipe) -> str:
+    """ "fp32" or "bf16"; `auto` is bf16 on GPUs that have it and fp32 elsewhere."""
+    if recipe.trainer.precision != "auto":
+        return recipe.trainer.precision
+    device = choose_device(recipe)
+    return "bf16" if device.type == "cuda" and native_bf16(device) else "fp32"
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 are a hardware instruction on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+    return False
+
+
+def check_memory(recipe: Recipe) -> None:
+    """Raises UserError where weights, their training state and logits alone exceed the memory.
+
+    A lower bound: it refuses what cannot run, and promises nothing of what it lets pass.
+    """
+    counted = count(recipe)
+    state = counted.weight_bytes + counted.gradient_bytes + counted.optimizer_bytes
+    tokens = recipe.trainer.batch_size * recipe.model.context
+    logits = 2 * FLOAT32_BYTES * tokens * recipe.model.vocab_size  # and their gradient
+    if choose_device(recipe).type == "cuda":
+        available = torch.cuda.mem_get_info()[1]
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if state + logits > available:
+        lower = "trainer.batch_size" if logits > state else "model's sizes"
+        raise UserError(
+            f"{lower}: training needs at least {(state + logits) / 2**30:,.1f} GiB "
+            f"(weights and state {state / 2**30:,.1f}, logits {logits / 2**30:,.1f}), "
+            f"there are {available / 2**30:,.1f} GiB; lower it"
+        )
