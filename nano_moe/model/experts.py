@@ -62,9 +62,9 @@ def grouped(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tenso
     dtype = compute_dtype(x)
     order = routing.ids.reshape(-1).argsort(stable=True)  # (N*K,)
     ends = routing.counts.cumsum(0).to(torch.int32)  # (E,)
-    rows = x[order // top_k].to(dtype)  # (N*K, D), grouped by expert; its gradient adds in x.dtype
+    rows = x.index_select(0, order // top_k).to(dtype)  # (N*K, D), grouped by expert
     hidden = swiglu(F.grouped_mm(rows, gate_up.to(dtype).mT, offs=ends))  # (N*K, F)
     out = F.grouped_mm(hidden, down.to(dtype).mT, offs=ends)  # (N*K, D)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-    per_token = out[back].view(n_tokens, top_k, x.shape[-1])  # (N, K, D)
+    per_token = out.index_select(0, back).view(n_tokens, top_k, x.shape[-1])  # (N, K, D)
     return (per_token * routing.weights.unsqueeze(-1)).sum(1).to(x.dtype)
