@@ -24,11 +24,17 @@ def print_table(
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", header_style="bold")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
+    rows = list(rows)
+    names = max((len(row[0]) for row in rows), default=0)
+    table.add_column(header[0], min_width=names)  # names are never cut
+    for name in header[1:]:
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(stderr=to_stderr).print(table)
+    console = Console(stderr=to_stderr)
+    if not console.is_terminal:
+        console.width = 140  # a file or pipe has no width to keep to
+    console.print(table)
 
 
 def print_count(title: str, counted: Count, *, to_stderr: bool = False) -> None:
