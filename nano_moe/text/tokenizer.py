@@ -6,6 +6,7 @@ the end-of-document token; it stands for no bytes, and no text encodes to it.
 
 from __future__ import annotations
 
+import abc
 import base64
 import binascii
 import hashlib
@@ -35,7 +36,7 @@ UNKNOWN = "\ufffd"
 FORMAT = 1
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """What all kinds share: the table of byte strings and everything that only reads it."""
 
     kind: str
@@ -62,9 +63,9 @@ class Tokenizer:
         """The ids of a text; never the end token, whatever the text says."""
         return self.encode_batch([text])[0].tolist()
 
+    @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, as arrays of `dtype`."""
-        raise NotImplementedError
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes of the ids, which may end inside a character.
