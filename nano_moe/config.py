@@ -22,8 +22,6 @@ DOMAINS = (
     "code_python",
 )
 
-# GELU, MLA, capacity, noise, groups and the other schemes get their own fields when they exist.
-
 
 class FieldFault(ValueError):
     """A fault between fields; `field` is relative to the section that raises it."""
@@ -49,7 +47,11 @@ class MoEConfig(Section):
     """The block that makes FFN layers sparse; its absence makes a dense model."""
 
     n_experts: int = Field(ge=1, le=2**16, description="routed experts per sparse layer (E)")
-    top_k: int = Field(ge=1, le=2**16, description="routed experts each token visits (K)")
+    top_k: int = Field(
+        ge=1,
+        le=2**16,
+        description="routed experts each token visits (K); on average, where experts choose",
+    )
     d_expert: int | None = Field(
         default=None,
         gt=0,
@@ -59,9 +61,17 @@ class MoEConfig(Section):
     n_shared_experts: int = Field(
         default=0, ge=0, le=2**12, description="experts that every token visits, each d_expert wide"
     )
+    shared_expert_gate: bool = Field(
+        default=False, description="weigh the shared experts by a learned sigmoid per token"
+    )
     first_k_dense: int = Field(default=0, ge=0, description="leading layers that stay dense")
     every_n_layers: int = Field(
         default=1, ge=1, description="layer i is sparse when (i + 1) divides by this"
+    )
+    routing: Literal["token_choice", "expert_choice", "hash"] = Field(
+        default="token_choice",
+        description="who chooses: each token its experts, each expert its tokens (sees the future: "
+        "a demo, never evaluated), or a fixed hash of the token's id",
     )
     score: Literal["softmax", "sigmoid"] = Field(
         default="softmax", description="how router logits become scores"
@@ -70,8 +80,47 @@ class MoEConfig(Section):
         default=None,
         description="divide the chosen scores by their sum; omitted: true for top_k > 1",
     )
+    routed_scaling_factor: float = Field(
+        default=1.0, gt=0, description="multiplies every weight, after normalization"
+    )
+    per_expert_scale: bool = Field(
+        default=False, description="a learned factor per expert on its weights, from 1"
+    )
+    n_groups: int = Field(
+        default=1, ge=1, le=2**16, description="equal groups that the experts form; 1: no groups"
+    )
+    top_k_groups: int = Field(
+        default=1, ge=1, le=2**16, description="groups that a token may choose experts from"
+    )
+    group_score: Literal["max", "top2_sum"] = Field(
+        default="max", description="a group's score: its best expert's, or its best two's sum"
+    )
+    router_window: int = Field(
+        default=1, ge=1, le=2**16, description="last positions that router logits see; 1: the token"
+    )
+    train_router: bool = Field(
+        default=True, description="false: router weights stay as drawn, a baseline"
+    )
+    noisy_top_k: bool = Field(
+        default=False, description="learned Gaussian noise on router logits, in training only"
+    )
+    router_jitter: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="the router's input times U(1 - this, 1 + this), in training only",
+    )
+    capacity_factor: float | None = Field(
+        default=None,
+        gt=0,
+        description="an expert takes at most this x top_k x T / n_experts tokens of a sequence, "
+        "in training only; omitted: nothing is dropped",
+    )
     load_balancing_loss: float = Field(
         default=0.0, ge=0, description="coefficient of the Switch load-balancing loss; 0: none"
+    )
+    balance_scope: Literal["micro_batch", "sequence", "global_batch"] = Field(
+        default="micro_batch", description="tokens over which the load-balancing loss wants balance"
     )
     router_z_loss: float = Field(
         default=0.0, ge=0, description="coefficient of the ST-MoE router z-loss; 0: none"
@@ -81,12 +130,38 @@ class MoEConfig(Section):
         ge=0,
         description="step of the aux-free selection bias per optimizer step; 0: no bias",
     )
+    bias_rule: Literal["sign", "error"] = Field(
+        default="sign", description="the bias moves by the load error's sign, or by the error"
+    )
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="dense run whose weights the model starts from, its FFN in every expert",
+    )
     backend: Literal["auto", "loop", "grouped"] = Field(
         default="auto", description="how tokens reach their experts; equal results"
     )
 
     @model_validator(mode="after")
     def _check(self) -> MoEConfig:
+        self._check_choice()
+        self._check_groups()
+        if self.shared_expert_gate and not self.n_shared_experts:
+            raise FieldFault(
+                "shared_expert_gate", "there is nothing to gate; set n_shared_experts, or drop it"
+            )
+        if self.bias_update_rate > 0 and self.score == "softmax" and self.bias_rule == "sign":
+            raise FieldFault(
+                "bias_update_rate",
+                "the sign rule needs scores of one scale; set score to sigmoid or bias_rule to "
+                "error, or balance with load_balancing_loss",
+            )
+        self._check_fits_routing()
+        if self.init_from is not None:
+            self._check_upcycling()
+        return self
+
+    def _check_choice(self) -> None:
         if self.top_k > self.n_experts:
             raise FieldFault(
                 "top_k",
@@ -99,18 +174,77 @@ class MoEConfig(Section):
                 "true with top_k=1 makes every gate exactly 1, so the router gets no gradient; "
                 "set normalize_top_k to false",
             )
-        if self.bias_update_rate > 0 and self.score == "softmax":
+
+    def _check_groups(self) -> None:
+        if self.n_experts % self.n_groups:
             raise FieldFault(
-                "bias_update_rate",
-                "the sign rule needs scores of one scale; set score to sigmoid, "
-                "or balance with load_balancing_loss",
+                "n_groups",
+                f"n_groups={self.n_groups} does not divide n_experts={self.n_experts}; "
+                "change one of them",
             )
-        return self
+        if self.top_k_groups > self.n_groups:
+            raise FieldFault(
+                "top_k_groups",
+                f"top_k_groups={self.top_k_groups} is more than n_groups={self.n_groups}; lower it",
+            )
+        size = self.n_experts // self.n_groups
+        if self.top_k > self.top_k_groups * size:
+            raise FieldFault(
+                "top_k_groups",
+                f"{self.top_k_groups} groups of {size} experts are fewer than top_k={self.top_k}; "
+                "raise it",
+            )
+        if self.group_score == "top2_sum" and size < 2:
+            raise FieldFault(
+                "group_score", f"top2_sum needs two experts in a group, not {size}; set it to max"
+            )
+
+    def _check_fits_routing(self) -> None:
+        """Fields that would silently do nothing under the chosen routing are refused."""
+        learned = {
+            "n_groups": self.n_groups > 1,
+            "bias_update_rate": self.bias_update_rate > 0,
+            "load_balancing_loss": self.load_balancing_loss > 0,
+            "normalize_top_k": self.normalize_top_k is not None,
+        }
+        unused = {
+            "token_choice": {},
+            "expert_choice": learned | {"capacity_factor": self.capacity_factor is not None},
+            "hash": learned
+            | {
+                "score": self.score != "softmax",
+                "router_window": self.router_window > 1,
+                "train_router": not self.train_router,
+                "noisy_top_k": self.noisy_top_k,
+                "router_jitter": self.router_jitter > 0,
+                "router_z_loss": self.router_z_loss > 0,
+            },
+        }[self.routing]
+        for field, given in unused.items():
+            if given:
+                raise FieldFault(field, f"has no effect with routing={self.routing}; remove it")
+
+    def _check_upcycling(self) -> None:
+        if self.routing == "expert_choice" or not self.weights_sum_to_one:
+            raise FieldFault(
+                "init_from",
+                "goes on from the dense loss only where a token's weights sum to 1; set top_k to "
+                "2 or more, normalized, with routed_scaling_factor 1 and no expert_choice",
+            )
+        if self.n_shared_experts:
+            raise FieldFault(
+                "init_from", "shared experts would add to the dense output; set them to 0"
+            )
 
     @property
     def normalizes(self) -> bool:
         """Whether the chosen scores are divided by their sum (never for top-1: trap T1)."""
         return self.top_k > 1 if self.normalize_top_k is None else self.normalize_top_k
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        fixed = self.routing == "hash" or self.normalizes or self.n_experts == 1
+        return fixed and self.routed_scaling_factor == 1
 
     @property
     def n_active(self) -> int:
@@ -122,8 +256,32 @@ class MoEConfig(Section):
         return layer >= self.first_k_dense and (layer + 1) % self.every_n_layers == 0
 
 
+class MLAConfig(Section):
+    """Multi-head latent attention: keys and values rebuilt from one small vector per token."""
+
+    kv_lora_rank: int = Field(ge=1, le=2**20, description="width of the latent of keys and values")
+    q_lora_rank: int | None = Field(
+        default=None, ge=1, le=2**20, description="width of the queries' latent; omitted: none"
+    )
+    qk_nope_head_dim: int = Field(
+        ge=1, le=2**16, description="width of a head's query and key without position"
+    )
+    qk_rope_head_dim: int = Field(
+        ge=2, le=2**16, description="width of its rotated part; the key's is shared by all heads"
+    )
+    v_head_dim: int = Field(ge=1, le=2**16, description="width of a head's value")
+
+    @model_validator(mode="after")
+    def _check(self) -> MLAConfig:
+        if self.qk_rope_head_dim % 2:
+            raise FieldFault(
+                "qk_rope_head_dim", f"RoPE turns pairs, and {self.qk_rope_head_dim} is odd; add 1"
+            )
+        return self
+
+
 class ModelConfig(Section):
-    """The decoder: pre-norm, RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+    """The decoder: pre-norm, RMSNorm, RoPE, GQA or latent attention, SwiGLU or GELU, no biases."""
 
     vocab_size: int = Field(
         ge=2, le=2**24, description="rows of the embedding; the tokenizer must fit"
@@ -138,8 +296,14 @@ class ModelConfig(Section):
     head_dim: int | None = Field(
         default=None, ge=2, le=2**16, description="width of one head; omitted: d_model / n_heads"
     )
+    mla: MLAConfig | None = Field(
+        default=None, description="null: grouped-query attention; a block: latent attention"
+    )
     d_ff: int = Field(
         ge=1, le=2**24, description="hidden width of a dense FFN; sizes the experts too"
+    )
+    activation: Literal["swiglu", "gelu"] = Field(
+        default="swiglu", description="of FFN and experts; gelu has no gate, so 2 matrices, not 3"
     )
     qk_norm: bool = Field(default=False, description="RMSNorm of each query and key head")
     tie_embeddings: bool = Field(default=True, description="the head reuses the embedding")
@@ -159,6 +323,11 @@ class ModelConfig(Section):
         return self
 
     def _check_heads(self) -> None:
+        if self.mla is not None:
+            for field in ("n_kv_heads", "head_dim", "qk_norm"):
+                if getattr(self, field):
+                    raise FieldFault(field, "has no meaning with mla, which sizes heads; remove it")
+            return
         if self.head_dim is None and self.d_model % self.n_heads:
             raise FieldFault(
                 "n_heads",
@@ -204,10 +373,22 @@ class ModelConfig(Section):
                 f"{moe.n_active} experts of a width divisible by 8; nearest d_ff: "
                 f"{_nearest(self.d_ff, 8 * moe.n_active)}",
             )
+        if moe.init_from is not None and self.expert_width != self.d_ff:
+            raise FieldFault(
+                "moe.d_expert",
+                f"init_from copies the dense FFN into each expert, so {self.expert_width} must be "
+                f"d_ff={self.d_ff}; set d_expert to {self.d_ff}",
+            )
 
     @property
     def head_size(self) -> int:
+        """Width of one head of grouped-query attention."""
         return self.head_dim if self.head_dim is not None else self.d_model // self.n_heads
+
+    @property
+    def rope_size(self) -> int:
+        """Width of what RoPE turns."""
+        return self.head_size if self.mla is None else self.mla.qk_rope_head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -218,6 +399,11 @@ class ModelConfig(Section):
         """Hidden width of one expert (F), derived from equal active FLOPs when not given."""
         assert self.moe is not None
         return self.moe.d_expert or self.d_ff // self.moe.n_active
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a logit depends on its past alone: not where experts choose among all tokens."""
+        return self.moe is None or self.moe.routing != "expert_choice"
 
     def is_sparse(self, layer: int) -> bool:
         return self.moe is not None and self.moe.is_sparse(layer)
