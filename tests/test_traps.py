@@ -22,8 +22,8 @@ from nano_moe.model.balance import load_balancing_loss, load_statistics, updated
 from nano_moe.model.experts import Experts, grouped, loop
 from nano_moe.model.gpt import GPT, cross_entropy, init_weights
 from nano_moe.model.ops import RMSNorm
+from nano_moe.model.router import Router
 from nano_moe.model.routing import (
-    Router,
     Routing,
     count_tokens,
     gate_weights,
@@ -43,7 +43,7 @@ def routing_from(logits: torch.Tensor, top_k: int) -> Routing:
     """A softmax routing of given (N, E) logits."""
     probs = logits.softmax(-1)
     weights, ids = probs.topk(top_k)
-    return Routing(ids, weights, probs, logits, count_tokens(ids, logits.shape[-1]))
+    return Routing(ids, weights, probs, logits, count_tokens(ids.flatten(), logits.shape[-1]))
 
 
 # T1: a gate that is always 1 gives the router no gradient
@@ -63,7 +63,7 @@ def test_t01_language_loss_moves_every_router(moe_config, build, tokens, score, 
 
 
 class SoftmaxAfterTopK(Router):
-    def forward(self, x):
+    def forward(self, x, tokens=None):
         routing = super().forward(x)
         return routing._replace(weights=routing.logits.gather(-1, routing.ids).softmax(-1))
 
@@ -477,13 +477,13 @@ def router_of(config, kind: type[Router] = Router) -> Router:
 
 
 class FoldsBiasIntoGate(Router):
-    def forward(self, x):
+    def forward(self, x, tokens=None):
         logits = self.logits(x)
-        scores = scores_of(logits, self.score)
-        chosen, ids = (scores + self.expert_bias).topk(self.top_k)
-        probs = probabilities_of(scores, self.score)
+        scores = scores_of(logits, self.moe.score)
+        chosen, ids = (scores + self.expert_bias).topk(self.moe.top_k)
+        probs = probabilities_of(scores, self.moe.score)
         weights = gate_weights(chosen, self.normalize)
-        return Routing(ids, weights, probs, logits, count_tokens(ids, len(self.weight)))
+        return Routing(ids, weights, probs, logits, count_tokens(ids.flatten(), len(self.weight)))
 
 
 @pytest.mark.parametrize("choice", [{}, {"normalize_top_k": False}, {"top_k": 1}], ids=str)
@@ -561,7 +561,7 @@ def assert_gates_scale_outputs(dispatch) -> None:
     x, gates = torch.randn(6, 8), torch.rand(6, 1)
     ids = torch.tensor([[0], [1], [2], [0], [1], [2]])
     nothing = torch.empty(6, 3)
-    ungated = Routing(ids, torch.ones(6, 1), nothing, nothing, count_tokens(ids, 3))
+    ungated = Routing(ids, torch.ones(6, 1), nothing, nothing, count_tokens(ids.flatten(), 3))
     weights = torch.randn(3, 32, 8), torch.randn(3, 8, 16)
     for bf16 in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):

@@ -5,66 +5,99 @@ Shapes: N tokens, D d_model, E experts, K top_k, F expert hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nano_moe.model.ops import compute_dtype, swiglu
-from nano_moe.model.routing import Routing
+from nano_moe.model.ops import ACTIVATIONS, compute_dtype, swiglu
+from nano_moe.model.routing import Routing, count_tokens
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks as two 3-D weights, in the fused layout of the Hugging Face classes."""
+    """E feed-forward networks as two 3-D weights, in the layout of the Hugging Face classes."""
 
-    def __init__(self, n_experts: int, d_model: int, hidden: int, backend: str):
+    def __init__(
+        self, n_experts: int, d_model: int, hidden: int, backend: str, activation: str = "swiglu"
+    ):
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * hidden, d_model))  # (E, 2F, D)
+        self.activation, self.first = ACTIVATIONS[activation]
+        width = 2 * hidden if self.first == "gate_up" else hidden
+        first = nn.Parameter(torch.empty(n_experts, width, d_model))
+        self.register_parameter(self.first, first)  # (E, 2F, D), or (E, F, D) without a gate
         self.down = nn.Parameter(torch.empty(n_experts, d_model, hidden))  # (E, D, F)
         self.backend = backend
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:  # (N, D) -> (N, D)
         dispatch = grouped if self._use_grouped(x) else loop
-        return dispatch(x, routing, self.gate_up, self.down)
+        return dispatch(x, routing, self.get_parameter(self.first), self.down, self.activation)
 
     def _use_grouped(self, x: Tensor) -> bool:
         """`auto`: grouped products, except where they cannot run: unaligned rows or float64."""
         if self.backend != "auto":
             return self.backend == "grouped"
         dtype = compute_dtype(x)
-        rows = (self.gate_up.shape[-1], self.down.shape[-1])
+        rows = self.down.shape[1:]
         aligned = all(width * dtype.itemsize % 16 == 0 for width in rows)
         compiled_fp32 = torch.compiler.is_compiling() and dtype == torch.float32
         return aligned and dtype != torch.float64 and not compiled_fp32
 
 
-def loop(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+def loop(
+    x: Tensor,
+    routing: Routing,
+    first: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor] = swiglu,
+) -> Tensor:
     """The reference: one expert after the other, each on the tokens that chose it.
 
-    x (N, D), gate_up (E, 2F, D), down (E, D, F); (N, D) in the dtype of `x`.
+    x (N, D), first (E, 2F or F, D), down (E, D, F); (N, D) in the dtype of `x`.
     """
-    y = torch.zeros_like(x)
-    for expert in range(gate_up.shape[0]):
-        token, slot = (routing.ids == expert).nonzero(as_tuple=True)
-        hidden = swiglu(F.linear(x[token], gate_up[expert]))
+    ids, y = _carried_out(routing, first.shape[0]), torch.zeros_like(x)
+    for expert in range(first.shape[0]):
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        hidden = activation(F.linear(x[token], first[expert]))
         out = F.linear(hidden, down[expert])
         weight = routing.weights[token, slot].unsqueeze(-1)
         y = y.index_add(0, token, (out * weight).to(y.dtype))
     return y
 
 
-def grouped(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+def grouped(
+    x: Tensor,
+    routing: Routing,
+    first: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor] = swiglu,
+) -> Tensor:
     """Assignments sorted by expert, then one grouped product per weight; no host sync.
 
-    x (N, D), gate_up (E, 2F, D), down (E, D, F); (N, D) in the dtype of `x`. The combine gathers
-    and sums over K, so the forward adds in a fixed order on every device.
+    x (N, D), first (E, 2F or F, D), down (E, D, F); (N, D) in the dtype of `x`. The combine
+    gathers and sums over K, so the forward adds in a fixed order on every device. Dropped
+    assignments sort behind the last group, where grouped products leave their rows unwritten:
+    masked on the way in and out, neither they nor their gradients reach a token.
     """
     n_tokens, top_k = routing.ids.shape
-    dtype = compute_dtype(x)
-    order = routing.ids.reshape(-1).argsort(stable=True)  # (N*K,)
-    ends = routing.counts.cumsum(0).to(torch.int32)  # (E,)
+    n_experts, dtype = first.shape[0], compute_dtype(x)
+    ids = _carried_out(routing, n_experts).flatten()
+    order = ids.argsort(stable=True)  # (N*K,)
+    ends = count_tokens(ids, n_experts + 1)[:-1].cumsum(0).to(torch.int32)  # (E,)
     rows = x.index_select(0, order // top_k).to(dtype)  # (N*K, D), grouped by expert
-    hidden = swiglu(F.grouped_mm(rows, gate_up.to(dtype).mT, offs=ends))  # (N*K, F)
+    places = torch.arange(len(order), device=x.device)
+    beyond = None if routing.kept is None else (places >= ends[-1]).unsqueeze(-1)  # (N*K, 1)
+    rows = rows if beyond is None else rows.masked_fill(beyond, 0)
+    hidden = activation(F.grouped_mm(rows, first.to(dtype).mT, offs=ends))  # (N*K, F)
     out = F.grouped_mm(hidden, down.to(dtype).mT, offs=ends)  # (N*K, D)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    out = out if beyond is None else out.masked_fill(beyond, 0)
+    back = torch.empty_like(order).scatter_(0, order, places)
     per_token = out.index_select(0, back).view(n_tokens, top_k, x.shape[-1])  # (N, K, D)
     return (per_token * routing.weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+def _carried_out(routing: Routing, n_experts: int) -> Tensor:
+    """Chosen experts (N, K), with the number past the last for what is dropped."""
+    return (
+        routing.ids if routing.kept is None else routing.ids.masked_fill(~routing.kept, n_experts)
+    )

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from nano_moe.model.ops import swiglu
+from nano_moe.model.ops import ACTIVATIONS
 
 
 class FFN(nn.Module):
-    """SwiGLU with gate and up fused, gate rows first: down(silu(gate x) * (up x)).
+    """down(silu(gate x) * (up x)) with gate and up fused, gate rows first; or down(gelu(up x)).
 
-    Shazeer 2020, eq. 6.
+    Shazeer 2020, eq. 6; Hendrycks & Gimpel 2016.
     """
 
-    def __init__(self, d_model: int, hidden: int):
+    def __init__(self, d_model: int, hidden: int, activation: str = "swiglu"):
         super().__init__()
-        self.gate_up = nn.Linear(d_model, 2 * hidden, bias=False)  # weight (2F, D)
+        self.activation, self.first = ACTIVATIONS[activation]
+        width = 2 * hidden if self.first == "gate_up" else hidden
+        self.add_module(self.first, nn.Linear(d_model, width, bias=False))  # (2F or F, D)
         self.down = nn.Linear(hidden, d_model, bias=False)  # weight (D, F)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # (..., D) -> (..., D)
-        return self.down(swiglu(self.gate_up(x))), None
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, None]:
+        """(..., D) to (..., D); tokens are taken for the sparse layer's sake and not looked at."""
+        return self.down(self.activation(self.get_submodule(self.first)(x))), None

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from nano_moe.config import ModelConfig
 from nano_moe.model.attention import Attention, rope_tables
 from nano_moe.model.ffn import FFN
+from nano_moe.model.latent_attention import LatentAttention
 from nano_moe.model.moe import MoE
 from nano_moe.model.ops import RMSNorm, at_least_float32
-from nano_moe.model.routing import Router, Routing
+from nano_moe.model.router import HashRouter, Router
+from nano_moe.model.routing import Routing
 
 
 class Block(nn.Module):
@@ -25,14 +27,19 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config) if config.mla is None else LatentAttention(config)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        sparse = config.is_sparse(layer)
-        self.ffn: nn.Module = MoE(config) if sparse else FFN(config.d_model, config.d_ff)
+        self.ffn: nn.Module
+        if config.is_sparse(layer):
+            self.ffn = MoE(config, layer)
+        else:
+            self.ffn = FFN(config.d_model, config.d_ff, config.activation)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Routing | None]:
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        y, routing = self.ffn(self.ffn_norm(x))
+        y, routing = self.ffn(self.ffn_norm(x), tokens)
         return x + y, routing
 
 
@@ -51,12 +58,12 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        cos, sin = rope_tables(config.context, config.head_size, config.rope_theta)
+        cos, sin = rope_tables(config.context, config.rope_size, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     @property
-    def routers(self) -> list[Router]:
+    def routers(self) -> list[Router | HashRouter]:
         """The router of each sparse layer, in order."""
         return [block.ffn.router for block in self.blocks if isinstance(block.ffn, MoE)]
 
@@ -71,7 +78,7 @@ class GPT(nn.Module):
         x = self.embedding(tokens)  # (B, T, D)
         routings: list[Routing | None] = []
         for block in self.blocks:
-            x, routing = block(x, self.cos[:length], self.sin[:length])
+            x, routing = block(x, tokens, self.cos[:length], self.sin[:length])
             routings.append(routing)
         return self.head(self.norm(x)), routings
 
@@ -89,7 +96,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 def init_weights(model: GPT, seed: int) -> GPT:
     """Draw every parameter from a generator of its own, seeded by (seed, name).
 
-    Norms are 1. Matrices are N(0, init_std), except the projections that write to the residual
+    Norms and per-expert scales are 1, the router's noise weights 0 (Shazeer et al. 2017, app. A).
+    Matrices are N(0, init_std), except the projections that write to the residual
     stream (attention output, every FFN, expert and shared-expert down-projection), which are
     N(0, init_std / sqrt(2 n_layers)) (Radford et al. 2019, sec. 2.3). Since a draw depends on
     nothing but seed, name and shape, a dense and a sparse model of one seed share bitwise equal
@@ -97,8 +105,11 @@ def init_weights(model: GPT, seed: int) -> GPT:
     """
     residual_std = model.config.init_std / (2 * model.config.n_layers) ** 0.5
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name or name.endswith("router.scale"):
             parameter.fill_(1.0)
+            continue
+        if name.endswith("router.noise"):
+            parameter.zero_()
             continue
         writes_residual = name.endswith(("o_proj.weight", "down", "down.weight"))
         std = residual_std if writes_residual else model.config.init_std

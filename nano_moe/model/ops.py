@@ -1,9 +1,11 @@
-"""Small shared pieces: precision floors, RMSNorm, SwiGLU.
+"""Small shared pieces: precision floors, RMSNorm, activations.
 
 Shapes: D d_model, F hidden width; `...` any leading dimensions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of a fused product: (..., 2F) -> (..., F). Shazeer 2020, eq. 5."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+# By name: what is applied, and what the weight before it is called. SwiGLU's is fused and twice
+# as wide.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "swiglu": (swiglu, "gate_up"),
+    "gelu": (F.gelu, "up"),
+}
 
 
 class RMSNorm(nn.Module):

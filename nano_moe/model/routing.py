@@ -1,28 +1,29 @@
-"""Routing: which experts a token visits, and with what weight.
+"""Routing: which experts a token visits, and with what weight; pure functions of scores.
 
-Shapes: N tokens, D d_model, E experts, K top_k.
+Shapes: B sequences, T time, N = B*T tokens, E experts, K top_k, G groups.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from nano_moe.config import ModelConfig
-from nano_moe.model.ops import at_least_float32
+from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """What one sparse layer decided for N tokens; everything at least float32."""
+    """What one sparse layer decided for N tokens; everything at least float32.
+
+    Where experts choose, K is E and `kept` holds the choice.
+    """
 
     ids: Tensor  # (N, K) int64, the chosen experts, best first
     weights: Tensor  # (N, K), what each expert's output is multiplied by
     probs: Tensor  # (N, E), scores over all experts, summing to 1 per token
     logits: Tensor  # (N, E)
-    counts: Tensor  # (E,) int64, tokens per expert; sums to N * K
+    counts: Tensor  # (E,) int64, tokens that chose each expert, before any are dropped
+    kept: Tensor | None = None  # (N, K) bool, assignments that are carried out; None: all
 
 
 def scores_of(logits: Tensor, kind: str) -> Tensor:
@@ -49,57 +50,67 @@ def gate_weights(chosen: Tensor, normalize: bool) -> Tensor:
 
 
 def count_tokens(ids: Tensor, n_experts: int) -> Tensor:
-    """Tokens per expert, (N, K) -> (E,), without a data-dependent shape."""
-    flat = ids.reshape(-1)
-    counts = torch.zeros(n_experts, dtype=torch.int64, device=ids.device)
-    return counts.scatter_add_(0, flat, torch.ones_like(flat))
+    """Tokens per expert without a data-dependent shape: (..., M) ids -> (..., E) counts."""
+    counts = torch.zeros(*ids.shape[:-1], n_experts, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(-1, ids, torch.ones_like(ids))
 
 
-class Router(nn.Module):
-    """Linear scores, top-k selection, weights from the unbiased scores.
+def limit_to_groups(selection: Tensor, n_groups: int, top_k: int, score: str) -> Tensor:
+    """Put experts outside of a token's best `top_k` groups at -inf: (N, E) -> (N, E).
 
-    Softmax over all experts, then top-k (Switch, eq. 1-2; Mixtral, sec. 2.1 with normalization),
-    or sigmoid scores with a selection bias (DeepSeek-V3, eq. 12-16). `expert_bias` moves the
-    selection only, never the weights; it is float32 whatever the model's dtype.
+    A group scores as its best expert ("max", DeepSeek-V2, sec. 2.2.2) or its best two
+    ("top2_sum", DeepSeek-V3, sec. 2.1.2). A mask of 0 would let a masked expert win against
+    experts whose biased scores are negative.
     """
+    grouped = selection.unflatten(-1, (n_groups, -1))  # (N, G, E/G)
+    best = grouped.topk(1 if score == "max" else 2, dim=-1).values.sum(-1)  # (N, G)
+    allowed = torch.zeros_like(best, dtype=torch.bool)
+    allowed = allowed.scatter(-1, best.topk(top_k, dim=-1).indices, True)
+    return grouped.masked_fill(~allowed.unsqueeze(-1), -math.inf).flatten(-2)
 
-    expert_bias: Tensor | None
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        assert config.moe is not None
-        moe = config.moe
-        self.top_k, self.score, self.normalize = moe.top_k, moe.score, moe.normalizes
-        self.weight = nn.Parameter(torch.empty(moe.n_experts, config.d_model))  # (E, D)
-        bias = torch.zeros(moe.n_experts) if moe.bias_update_rate > 0 else None
-        self.register_buffer("expert_bias", bias)
+def experts_choose(scores: Tensor, capacity: int) -> Tensor:
+    """Each expert takes its `capacity` highest-scoring tokens: (N, E) -> (N, E) bool.
 
-    def _apply(self, fn, recurse=True):
-        """Casting the model leaves the bias in float32: bf16 cannot add steps of 1e-3 to 0.6."""
-        exact = self.expert_bias
-        super()._apply(fn, recurse)
-        moved = self.expert_bias
-        if exact is not None and moved is not None and moved.dtype != torch.float32:
-            self.expert_bias = exact.to(moved.device)
-        return self
+    Whether a token is taken depends on the tokens after it. Zhou et al. 2022, sec. 3.2.
+    """
+    taken = scores.topk(capacity, dim=0).indices  # (C, E)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(0, taken, True)
 
-    def logits(self, x: Tensor) -> Tensor:  # (N, D) -> (N, E)
-        with torch.autocast(x.device.type, enabled=False):
-            wide = at_least_float32(x)
-            return F.linear(wide, self.weight.to(wide.dtype))
 
-    def forward(self, x: Tensor) -> Routing:  # (N, D)
-        logits = self.logits(x)
-        scores = scores_of(logits, self.score)
-        selection = scores.detach()
-        if self.expert_bias is not None:
-            selection = selection + self.expert_bias
-        ids = selection.topk(self.top_k, dim=-1).indices
-        weights = gate_weights(scores.gather(-1, ids), self.normalize)
-        return Routing(
-            ids=ids,
-            weights=weights,
-            probs=probabilities_of(scores, self.score),
-            logits=logits,
-            counts=count_tokens(ids, scores.shape[-1]),
-        )
+def drop_overflow(routing: Routing, n_sequences: int, capacity_factor: float) -> Routing:
+    """Let each expert take at most ceil(factor * K * T / E) assignments of each sequence.
+
+    First choices queue in order of position, then second choices, and so on; those past the
+    capacity are not carried out, and such a token goes by on the residual stream. A second choice
+    therefore depends on the first choices of later tokens: not causal. GShard (Lepikhin et al.
+    2020, algorithm 1) and Switch (Fedus et al. 2021, eq. 3).
+    """
+    n_tokens, top_k = routing.ids.shape
+    n_experts, length = routing.counts.shape[0], n_tokens // n_sequences
+    capacity = math.ceil(capacity_factor * top_k * length / n_experts)
+    queues = routing.ids.view(n_sequences, length, top_k).mT.flatten(1)  # (B, K*T)
+    order = queues.argsort(dim=-1, stable=True)
+    counts = count_tokens(queues, n_experts)  # (B, E)
+    starts = counts.cumsum(-1) - counts
+    places = torch.arange(length * top_k, device=order.device).expand_as(order)
+    rank = places - starts.gather(-1, queues.gather(-1, order))  # within an expert, as sorted
+    kept = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, rank < capacity)
+    return routing._replace(kept=kept.view(n_sequences, top_k, length).mT.reshape(-1, top_k))
+
+
+def dropped_share(routing: Routing) -> Tensor:
+    """Share of assignments that were not carried out, a scalar."""
+    if routing.kept is None:
+        return torch.zeros((), device=routing.ids.device)
+    return 1 - routing.kept.float().mean()
+
+
+def hash_table(vocab_size: int, n_experts: int, top_k: int, layer: int) -> Tensor:
+    """K distinct experts per token id, drawn once and for all: (V, K) int64.
+
+    Roller et al. 2021 (Hash Layers), random hash; each layer has a hash of its own.
+    """
+    generator = torch.Generator().manual_seed(layer)
+    draws = torch.rand(vocab_size, n_experts, generator=generator, device="cpu")
+    return draws.topk(top_k, dim=-1).indices

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from nano_moe.model.moe import MoE
 from nano_moe.model.ops import at_least_float32
-from nano_moe.model.routing import Router, count_tokens
+from nano_moe.model.router import Router
+from nano_moe.model.routing import count_tokens
 
 
 def router_of(moe_config, **moe) -> Router:
@@ -50,7 +51,7 @@ def test_fields_of_a_routing_agree(moe_config, sizes, score, normalize, n_tokens
 @given(st.integers(0, 40), st.integers(1, 4), st.integers(1, 9), st.integers(0, 99))
 def test_counts_are_a_histogram(n_tokens, top_k, n_experts, seed):
     ids = np.random.default_rng(seed).integers(0, n_experts, (n_tokens, top_k))
-    counts = count_tokens(torch.from_numpy(ids), n_experts)
+    counts = count_tokens(torch.from_numpy(ids).flatten(), n_experts)
     assert counts.tolist() == np.bincount(ids.ravel(), minlength=n_experts).tolist()
     assert counts.dtype == torch.int64
 
