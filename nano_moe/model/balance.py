@@ -18,7 +18,7 @@ def load_balancing_loss(*, counts: Tensor, probs: Tensor) -> Tensor:
     it is a count and carries no gradient. P_i is the mean full probability of expert i.
     counts (..., E), probs (..., N, E); scalar, the mean over leading dimensions: with one row per
     sequence it is the sequence-wise loss (DeepSeek-V3 2024, eq. 17-20, with our floor), with the
-    counts of a whole step the global-batch loss (Qiu et al. 2025, eq. 4). Fedus et al. 2021
+    counts of a whole step the global-batch loss (Qiu et al. 2025). Fedus et al. 2021
     (Switch), eq. 4-6.
     """
     share = counts.to(probs.dtype) / counts.sum(-1, keepdim=True)

@@ -26,7 +26,7 @@ from nano_moe.model.routing import (
 class Scaling(nn.Module):
     """What every router does to its weights last: one fixed factor, and a learned one per expert.
 
-    DeepSeek-V2, appendix on routed scaling; `scale` starts at 1.
+    DeepSeek-V2 fixes the one at 16, V3 at 2.5; the other is Gemma 4's, and starts at 1.
     """
 
     scale: Tensor | None
@@ -79,7 +79,7 @@ class Router(Scaling):
     def logits(self, x: Tensor) -> Tensor:
         """(B, T, D) to (N, E), in at least float32; jitter and noise in training only.
 
-        Jitter scales the router's own input (Fedus et al. 2021, sec. 2.2); noise has a learned
+        Jitter scales the router's own input (Fedus et al. 2021, app. C); noise has a learned
         spread per expert (Shazeer et al. 2017, eq. 4).
         """
         with torch.autocast(x.device.type, enabled=False):

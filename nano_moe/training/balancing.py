@@ -32,7 +32,7 @@ class Balancing:
         """Raw terms per sparse layer, each (L,), of a micro-batch of `n_sequences`.
 
         At global-batch scope the shares are those of all micro-batches and ranks of the step so
-        far: exact at the last one, growing towards it before (Qiu et al. 2025, sec. 3).
+        far: exact at the last one, growing towards it before (Qiu et al. 2025).
         """
         counts = torch.stack([routing.counts for routing in sparse])
         globally = self.moe.balance_scope == "global_batch"
