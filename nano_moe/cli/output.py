@@ -61,6 +61,14 @@ def si(value: float) -> str:
     return f"{value:g}"
 
 
+def params(n: float) -> str:
+    """46702792704 as 46.70B."""
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= factor:
+            return f"{n / factor:,.{max(0, 4 - len(str(int(n / factor))))}f}{unit}"
+    return f"{n:g}"
+
+
 def size(n_bytes: float) -> str:
     """Bytes in units of 1024."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
