@@ -1,11 +1,11 @@
 """Parameters, FLOPs and bytes of a recipe, from its fields alone: no model is built.
 
 Conventions: FLOPs are 2 per multiply-add of every matrix product, attention over the full T x T
-square, training = 3 x forward (one forward, two products backward per forward product). The product
-that draws the noise of noisy_top_k is done in training only and counted all the same, so that
-training stays 3 x forward. A token's active parameters are all it is multiplied with or looked up
-in: embeddings, head and routers included, and of the routed experts top_k per layer (on average,
-where the experts choose).
+square, training = 3 x forward (one forward, two products backward per forward product; one, where a
+router is frozen). Forward is the training one: with the product that spreads the noise of
+noisy_top_k, which evaluation leaves out, and as if no capacity dropped a token. A token's active
+parameters are all it is multiplied with or looked up in: embeddings, head and routers included, and
+of the routed experts top_k per layer (on average, where the experts choose).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class WeightGroup(NamedTuple):
     copies: int  # stored
     active: int  # of those, touched by one token
     products: int  # matrix products with it per token
+    trained: bool = True
 
     @property
     def size(self) -> int:
@@ -95,6 +96,7 @@ def count(recipe: Recipe) -> Count:
     """
     model = recipe.model
     groups = list(weight_groups(model))
+    frozen = [g for g in groups if not g.trained]
     total, active = parameters(groups)
     kinds = params_by_kind(groups)
     forward = 2 * sum(g.size * g.products for g in groups) + attention_flops(model)
@@ -105,9 +107,9 @@ def count(recipe: Recipe) -> Count:
         embedding_params=kinds["embedding"] + kinds.get("head", 0),
         router_params=kinds.get("router", 0),
         forward_flops_per_token=forward,
-        train_flops_per_token=3 * forward,
+        train_flops_per_token=3 * forward - 2 * sum(g.size * g.products for g in frozen),
         weight_bytes=FLOAT32_BYTES * total,
-        gradient_bytes=FLOAT32_BYTES * total,
+        gradient_bytes=FLOAT32_BYTES * (total - parameters(frozen)[0]),
         optimizer_bytes=_optimizer_bytes(recipe, groups),
         kv_cache_bytes_per_token=cached,
         params_by_kind=kinds,
@@ -231,7 +233,7 @@ def _moe_groups(model: ModelConfig, moe: MoEConfig, sparse: int) -> Iterator[Wei
 def _router_groups(model: ModelConfig, moe: MoEConfig, sparse: int) -> Iterator[WeightGroup]:
     seen = (moe.n_experts, moe.router_window * model.d_model)
     if moe.routing != "hash":
-        yield WeightGroup("router", "router", seen, sparse, sparse, sparse)
+        yield WeightGroup("router", "router", seen, sparse, sparse, sparse, moe.train_router)
     if moe.noisy_top_k:
         yield WeightGroup("router", "noise", seen, sparse, sparse, sparse)
     if moe.per_expert_scale:
@@ -248,5 +250,6 @@ def _optimizer_bytes(recipe: Recipe, groups: list[WeightGroup]) -> int:
     moments = sum(
         g.size * g.copies * (1 if recipe.optim.name == "muon" and g.kind in hidden else 2)
         for g in groups
+        if g.trained
     )
     return FLOAT32_BYTES * moments

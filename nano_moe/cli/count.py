@@ -72,8 +72,8 @@ def _print_sizes(path: str, published: Published, counted: Census) -> None:
     about = published.published
     rows = [("parameters", f"{counted.total_params:,}", f"{counted.active_params:,}")]
     if about is not None:
-        said = ("–" if n is None else f"{n:,g}B" for n in (about.total, about.active))
-        rows.append(("as its source rounds them", *said))
+        total, active = ("–" if n is None else f"{n:,g}B" for n in (about.total, about.active))
+        rows.append(("as its source rounds them", total, active))
     for precision, held in counted.weight_bytes.items():
         rows.append((f"weights in {precision}", size(held), size(counted.active_bytes[precision])))
     title = path if about is None else f"{about.name} ({about.source})"
@@ -95,8 +95,8 @@ def _print_sparsity(s: Sparsity, total: int) -> None:
         "less (products with weights, forward).\n"
         f"Memory not saved: a token uses {s.active_share:.1%} of the weights, but any token may "
         f"need any expert, so all {params(total)} must be held.\n"
-        f"Not {s.n_experts} times a model: {s.n_experts} x {params(s.one_expert_params)} "
-        f"(the model with one expert) is {params(s.all_models_params)}, and this is "
-        f"{params(total)}; the {params(s.outside_params)} outside the experts "
-        f"are stored once."
+        f"{s.n_experts} experts are not {s.n_experts} models: {s.n_experts} x "
+        f"{params(s.one_expert_params)}, the size with one expert, is "
+        f"{params(s.all_models_params)}, and this is {params(total)}: the "
+        f"{params(s.outside_params)} outside the experts are stored once."
     )

@@ -73,7 +73,8 @@ def size(n_bytes: float) -> str:
     """Bytes in units of 1024."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n_bytes >= factor:
-            return f"{n_bytes / factor:.3g} {unit}"
+            n = n_bytes / factor
+            return f"{n:,.0f} {unit}" if n >= 1000 else f"{n:.3g} {unit}"
     return f"{n_bytes:.0f} B"
 
 
