@@ -146,11 +146,15 @@ def test_bytes_equal_those_allocated_for_a_step(config, recipe_of, build, name):
     counted = count(recipe)
     assert counted.optimizer_bytes == sum(s.nbytes for s in states)
     assert counted.weight_bytes == sum(p.nbytes for p in model.parameters())
-    assert counted.gradient_bytes == sum(p.grad.nbytes for p in model.parameters() if p.requires_grad)
+    assert counted.gradient_bytes == sum(
+        p.grad.nbytes for p in model.parameters() if p.requires_grad
+    )
 
 
 @pytest.mark.parametrize(("precision", "itemsize"), [("fp32", 4), ("bf16", 2)])
-def test_kv_cache_holds_the_keys_and_values_of_a_token_or_their_latent(config, recipe_of, precision, itemsize):
+def test_kv_cache_holds_the_keys_and_values_of_a_token_or_their_latent(
+    config, recipe_of, precision, itemsize
+):
     model, numbers = GPT(config), []
     for block in model.blocks:
         names = ("k_proj", "v_proj") if config.mla is None else ("kv_a_proj",)
