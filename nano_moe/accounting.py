@@ -205,7 +205,7 @@ def _latent_attention(model: ModelConfig, mla: MLAConfig) -> Iterator[WeightGrou
 
 
 def _every_layer(model: ModelConfig, name: str, shape: tuple[int, int]) -> WeightGroup:
-    return WeightGroup("attention", name, shape, *[model.n_layers] * 3)
+    return WeightGroup("attention", name, shape, model.n_layers, model.n_layers, model.n_layers)
 
 
 def _ffn(
@@ -227,7 +227,8 @@ def _moe_groups(model: ModelConfig, moe: MoEConfig, sparse: int) -> Iterator[Wei
         shared = sparse * moe.n_shared_experts
         yield from _ffn("shared_experts", model, hidden, shared, shared)
     if moe.shared_expert_gate:
-        yield WeightGroup("shared_experts", "shared_gate", (1, model.d_model), *[sparse] * 3)
+        gate = (1, model.d_model)
+        yield WeightGroup("shared_experts", "shared_gate", gate, sparse, sparse, sparse)
 
 
 def _router_groups(model: ModelConfig, moe: MoEConfig, sparse: int) -> Iterator[WeightGroup]:
@@ -247,9 +248,9 @@ def _sparse_layers(model: ModelConfig) -> int:
 def _optimizer_bytes(recipe: Recipe, groups: list[WeightGroup]) -> int:
     """Muon keeps one momentum per hidden weight, AdamW two moments per weight."""
     hidden = {"attention", "ffn", "experts", "shared_experts"}
-    moments = sum(
-        g.size * g.copies * (1 if recipe.optim.name == "muon" and g.kind in hidden else 2)
-        for g in groups
-        if g.trained
-    )
-    return FLOAT32_BYTES * moments
+    muon = recipe.optim.name == "muon"
+
+    def moments(g: WeightGroup) -> int:
+        return 1 if muon and g.kind in hidden and g.name != "shared_gate" else 2
+
+    return FLOAT32_BYTES * sum(g.size * g.copies * moments(g) for g in groups if g.trained)
