@@ -7,7 +7,7 @@ like `config.py`: nothing here builds anything, `census.py` does.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from nano_moe.config import FieldFault, ModelConfig, Section
 Kind = Literal[
     "embedding", "attention", "norm", "ffn", "router", "experts", "shared_experts", "head", "bias"
 ]
+Size = Annotated[int, Field(ge=1, le=2**40)]
 NEVER_MULTIPLIED = ("embedding", "norm", "bias")
 
 
@@ -40,12 +41,15 @@ class WeightListing(Section):
 
     name: str = Field(min_length=1, description="what it is called in the source")
     kind: Kind = Field(description="what it counts as")
-    shape: tuple[int, ...] = Field(min_length=1, description="of one copy")
-    copies: int = Field(ge=0, description="stored; 0: another entry's, used again (a tied head)")
+    shape: tuple[Size, ...] = Field(min_length=1, max_length=4, description="of one copy")
+    copies: int = Field(
+        ge=0, le=2**40, description="stored; 0: another entry's, used again (a tied head)"
+    )
     active: int = Field(ge=0, description="of those, touched by one token")
     products: int | None = Field(
         default=None,
         ge=0,
+        le=2**40,
         description="matrix products with it per token; omitted: active, or 0 for embeddings, "
         "norms and biases",
     )
@@ -58,9 +62,6 @@ class WeightListing(Section):
 
     @model_validator(mode="after")
     def _check(self) -> WeightListing:
-        for width in self.shape:
-            if width < 1:
-                raise FieldFault("shape", f"holds {width}; sizes are 1 or more")
         if self.active > self.copies:
             raise FieldFault(
                 "active", f"{self.active} is more than copies={self.copies}; lower it to that"
@@ -101,10 +102,13 @@ class Published(Section):
         elif self.published is None:
             raise FieldFault("published", "missing; weights without a source count nothing, add it")
         else:
-            self._check_experts(sum(w.copies for w in self.weights if w.kind == "experts"))
+            self._check_experts([w.group() for w in self.weights if w.kind == "experts"])
         return self
 
-    def _check_experts(self, copies: int) -> None:
+    def _check_experts(self, experts: list[WeightGroup]) -> None:
+        copies = sum(g.copies for g in experts)
+        if copies and not any(g.products for g in experts):
+            raise FieldFault("weights", "no token visits an expert; set active of one above 0")
         if copies and self.n_experts is None:
             raise FieldFault("n_experts", "missing; there are weights of kind experts, so add it")
         if self.n_experts is not None and (copies == 0 or copies % self.n_experts):
