@@ -1,5 +1,7 @@
 """Recipe files: YAML with `base:` inheritance and `key=value` overrides, to a frozen `Recipe`.
 
+A file may also hold a published model, which is counted and not trained; its fields say which.
+
 Apart from `config.py` because it has another reader: whoever changes what a recipe *says* looks
 there, whoever changes how faults are *reported* looks here. Every fault is a `UserError` of one
 line: file:line, dotted field, the fault, the remedy.
@@ -13,7 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -26,11 +28,16 @@ from ruamel.yaml.scalarstring import ScalarString
 
 from nano_moe.config import FieldFault, Recipe
 from nano_moe.errors import UserError
+from nano_moe.published import Published
 
 MAX_BYTES = 1_000_000  # a recipe is a page of text, not a data file
 MAX_NODES = 10_000  # aliases can make a small file expand without end
 
+PUBLISHED = {"published", "weights"}  # either field makes a file a published model,
+RUN = {"seed", "data", "optim", "trainer"}  # and none of these makes it one to count, too
+
 Keys = tuple[str, ...]
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class Tree(NamedTuple):
@@ -42,20 +49,39 @@ class Tree(NamedTuple):
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, its bases and `key=value` overrides; raises UserError."""
-    tree = read_tree(Path(path))
-    for override in overrides:
-        tree = merge(tree, parse_override(override))
-    return validate(tree, str(path))
+    tree = _read_with(path, overrides)
+    if PUBLISHED & set(tree.values):
+        raise UserError(
+            f"{path}: a published model, for counting only; run: make count RECIPE={path}, "
+            "or train a recipe such as recipes/mixtral.yaml"
+        )
+    return validate(tree, str(path), Recipe)
 
 
-def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load` reads back to an equal recipe."""
+def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Published:
+    """As `load`, and of what is only counted: published models, and a `model:` block alone."""
+    tree = _read_with(path, overrides)
+    if PUBLISHED & set(tree.values) or not RUN & set(tree.values):
+        return validate(tree, str(path), Published)
+    return validate(tree, str(path), Recipe)
+
+
+def dump(recipe: Recipe | Published) -> str:
+    """The resolved recipe as YAML that is read back to an equal recipe."""
     yaml = YAML()
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.width = 100
     out = io.StringIO()
-    yaml.dump(recipe.model_dump(mode="json"), out)
+    parts = recipe.model_dump(mode="json")
+    yaml.dump({name: part for name, part in parts.items() if part is not None}, out)
     return out.getvalue()
+
+
+def _read_with(path: str | Path, overrides: Sequence[str]) -> Tree:
+    tree = read_tree(Path(path))
+    for override in overrides:
+        tree = merge(tree, parse_override(override))
+    return tree
 
 
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
@@ -105,13 +131,13 @@ def parse_override(text: str) -> Tree:
     return Tree(values, {keys[: n + 1]: where for n in range(len(keys))})
 
 
-def validate(tree: Tree, source: str) -> Recipe:
-    """Check a merged tree against the schema; the first fault becomes one line."""
+def validate(tree: Tree, source: str, schema: type[Checked]) -> Checked:
+    """Check a merged tree against a schema; the first fault becomes one line."""
     try:
-        return Recipe.model_validate(tree.values)
+        return schema.model_validate(tree.values)
     except ValidationError as error:
         misspelt_first = sorted(error.errors(), key=lambda f: f["type"] != "extra_forbidden")
-        faults = [_describe(fault, tree, source) for fault in misspelt_first]
+        faults = [_describe(fault, tree, source, schema) for fault in misspelt_first]
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more) from error
 
@@ -187,12 +213,15 @@ def _plain_within(node: Any, source: str, budget: list[int]) -> Any:
     return node
 
 
-def _origins(node: CommentedMap, source: str, prefix: Keys) -> Iterator[tuple[Keys, str]]:
-    for key, value in node.items():
+def _origins(
+    node: CommentedMap | CommentedSeq, source: str, prefix: Keys
+) -> Iterator[tuple[Keys, str]]:
+    entries = enumerate(node) if isinstance(node, CommentedSeq) else node.items()
+    for key, value in entries:
         keys = (*prefix, str(key))
         if key in (node.lc.data or {}):  # keys merged in by << have no line of their own
-            yield keys, f"{source}:{node.lc.key(key)[0] + 1}"
-        if isinstance(value, CommentedMap):
+            yield keys, f"{source}:{node.lc.data[key][0] + 1}"
+        if isinstance(value, (CommentedMap, CommentedSeq)):
             yield from _origins(value, source, keys)
 
 
@@ -208,14 +237,14 @@ def _merge_values(under: Any, over: Any) -> Any:
 # --- faults --------------------------------------------------------------------------------------
 
 
-def _describe(fault: Any, tree: Tree, source: str) -> str:
+def _describe(fault: Any, tree: Tree, source: str, schema: type[BaseModel]) -> str:
     keys = tuple(str(part) for part in fault["loc"])
     message, remedy_needed = _message(fault, keys)
     error = fault.get("ctx", {}).get("error")
     if isinstance(error, FieldFault):
         keys = (*keys, *error.field.split("."))
     where = _origin(keys, tree.origins, source)
-    hint = _did_you_mean(keys) if remedy_needed else ""
+    hint = _did_you_mean(keys, schema) if remedy_needed else ""
     return f"{where}: {'.'.join(keys)}: {message}{hint}"
 
 
@@ -259,21 +288,23 @@ def _as_yaml(value: Any) -> str:
     return json.dumps(value, default=str)[:80]
 
 
-def _did_you_mean(keys: Keys) -> str:
-    section = _section(keys[:-1])
+def _did_you_mean(keys: Keys, schema: type[BaseModel]) -> str:
+    section = _section(keys[:-1], schema)
     names = [] if section is None else list(section.model_fields)
     close = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
-    elsewhere = [dotted for dotted in _all_fields(Recipe, ()) if dotted[-1] == keys[-1]]
+    elsewhere = [dotted for dotted in _all_fields(schema, ()) if dotted[-1] == keys[-1]]
     if elsewhere:
         return f"; did you mean '{'.'.join(elsewhere[0])}'?"
     return f"; there are {', '.join(names)}" if names else "; remove it"
 
 
-def _section(keys: Keys) -> type[BaseModel] | None:
-    model: type[BaseModel] | None = Recipe
+def _section(keys: Keys, schema: type[BaseModel]) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = schema
     for key in keys:
+        if key.isdecimal():  # an entry of a list, whose section is the list's
+            continue
         field = model.model_fields.get(key) if model else None
         model = _model_in(field.annotation) if field else None
     return model
@@ -288,8 +319,8 @@ def _all_fields(model: type[BaseModel], prefix: Keys) -> Iterator[Keys]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The section class inside an annotation such as `MoE | None`."""
-    for kind in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+    """The section class inside an annotation such as `MoE | None` or `tuple[Weights, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inside = (_model_in(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((section for section in inside if section is not None), None)

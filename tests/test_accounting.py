@@ -12,10 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nano_moe.accounting import count, weight_groups
-from nano_moe.config import ModelConfig, MoEConfig
+from nano_moe.config import MLAConfig, ModelConfig, MoEConfig
 from nano_moe.model.gpt import GPT
 from nano_moe.model.ops import RMSNorm
 from nano_moe.training.optimizers import MuonAdamW, parameter_groups
+
+LATENT = {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 9}
+MLA = {"mla": MLAConfig(**LATENT), "n_kv_heads": None}
+MLA_Q = {"mla": MLAConfig(**LATENT, q_lora_rank=14), "n_kv_heads": None}
 
 CASES = {
     "dense": (None, {}),
@@ -30,6 +34,18 @@ CASES = {
     "first layer dense": ({"first_k_dense": 1, "n_shared_experts": 2}, {"n_layers": 3}),
     "every second layer": ({"every_n_layers": 2}, {"n_layers": 5, "qk_norm": True}),
     "aux-free": ({"score": "sigmoid", "bias_update_rate": 0.1}, {}),
+    "dense, gelu": (None, {"activation": "gelu"}),
+    "gelu": ({"n_shared_experts": 2, "first_k_dense": 1}, {"activation": "gelu"}),
+    "dense, latent attention": (None, MLA),
+    "latent attention, latent queries": ({}, MLA_Q),
+    "a window of the router": ({"router_window": 3}, {}),
+    "noise": ({"noisy_top_k": True, "router_window": 2}, {}),
+    "a scale per expert": ({"per_expert_scale": True}, {}),
+    "gated shared": ({"n_shared_experts": 2, "shared_expert_gate": True}, {}),
+    "groups": ({"n_groups": 2, "top_k_groups": 1, "group_score": "top2_sum"}, {}),
+    "frozen router": ({"train_router": False}, {}),
+    "hash": ({"routing": "hash", "per_expert_scale": True}, {}),
+    "experts choose": ({"routing": "expert_choice"}, {}),
 }
 
 
@@ -46,7 +62,7 @@ def kind_of(name: str, module: torch.nn.Module) -> str:
     if isinstance(module, RMSNorm):
         return "norm"
     for part, kind in (
-        (".router.", "router"), (".experts.", "experts"), (".shared.", "shared_experts"),
+        (".router.", "router"), (".experts.", "experts"), (".shared", "shared_experts"),
         (".attention.", "attention"), (".ffn.", "ffn"), ("embedding.", "embedding"),
         ("head.", "head"),
     ):  # fmt: skip
@@ -75,24 +91,32 @@ def test_every_weight_group_is_in_the_built_model(config):
     stored = [
         tuple(parameter.shape)
         for name, parameter in model.named_parameters()
-        if ".experts." not in name and ".shared." not in name
+        if ".experts." not in name and ".shared" not in name
     ]
     assert sorted(stored) == sorted(g.shape for g in counted for _ in range(g.copies))
 
 
 def test_active_parameters_are_those_one_token_touches(config, recipe_of, build):
     """A weight is touched when it gets a gradient; of stacked experts, those with one not zero."""
+    if not config.is_causal:
+        pytest.skip("what an expert takes depends on all tokens; the next test counts that")
     model = build(config)
     model(torch.zeros(1, 1, dtype=torch.int64))[0].square().sum().backward()
     active = 0
-    for parameter in model.parameters():
-        assert parameter.grad is not None
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad or name.endswith("router.weight")
+        assert (parameter.grad is not None) == parameter.requires_grad
         if parameter.ndim == 3:
             visited = parameter.grad.flatten(1).any(-1)
             active += int(visited.sum()) * parameter[0].numel()
         else:
             active += parameter.numel()
     assert count(recipe_of(config)).active_params == active
+
+
+def test_experts_that_choose_are_visited_top_k_times_per_token(moe_config, build, tokens):
+    routings = build(moe_config(moe={"routing": "expert_choice"}))(tokens)[1]
+    assert [int(routing.counts.sum()) for routing in routings] == [2 * tokens.numel()] * 2
 
 
 def test_flops_equal_those_torch_counts(config, recipe_of, build):
@@ -116,20 +140,25 @@ def test_bytes_equal_those_allocated_for_a_step(config, recipe_of, build, name):
     model = build(config)
     optimizer = MuonAdamW(parameter_groups(model, recipe.optim), recipe.optim)
     for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     states = [s for state in optimizer.state.values() for key, s in state.items() if key != "step"]
     counted = count(recipe)
     assert counted.optimizer_bytes == sum(s.nbytes for s in states)
     assert counted.weight_bytes == sum(p.nbytes for p in model.parameters())
-    assert counted.gradient_bytes == sum(p.grad.nbytes for p in model.parameters())
+    assert counted.gradient_bytes == sum(
+        p.grad.nbytes for p in model.parameters() if p.requires_grad
+    )
 
 
 @pytest.mark.parametrize(("precision", "itemsize"), [("fp32", 4), ("bf16", 2)])
-def test_kv_cache_holds_the_keys_and_values_of_a_token(config, recipe_of, precision, itemsize):
+def test_kv_cache_holds_the_keys_and_values_of_a_token_or_their_latent(
+    config, recipe_of, precision, itemsize
+):
     model, numbers = GPT(config), []
     for block in model.blocks:
-        for projection in (block.attention.k_proj, block.attention.v_proj):
+        names = ("k_proj", "v_proj") if config.mla is None else ("kv_a_proj",)
+        for projection in (block.attention.get_submodule(name) for name in names):
             projection.register_forward_hook(lambda *call: numbers.append(call[-1].numel()))
     model(torch.zeros(1, 1, dtype=torch.int64))
     counted = count(recipe_of(config, trainer={"precision": precision}))

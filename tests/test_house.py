@@ -14,7 +14,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 KNOWS = {
     "model": set(),
     "accounting": set(),
-    "recipe_file": set(),
+    "published": {"accounting"},
+    "census": {"accounting", "model", "published"},
+    "recipe_file": {"published"},
     "device": {"accounting"},
     "text": set(),
     "runs": {"accounting", "recipe_file", "model", "text"},

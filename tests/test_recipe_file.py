@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from nano_moe import recipe_file
 from nano_moe.config import DOMAINS, Recipe
 from nano_moe.errors import UserError
+from nano_moe.published import Published
 
 BASE = """\
 seed: 7
@@ -415,7 +416,7 @@ def test_whatever_is_written_there_is_a_recipe_or_a_fault_of_one_line(text):
             tree = recipe_file._parse(source, "x.yaml")
             for override in overrides:
                 tree = recipe_file.merge(tree, recipe_file.parse_override(override))
-            recipe_file.validate(tree, "x.yaml")
+            recipe_file.validate(tree, "x.yaml", Recipe)
         except UserError as error:
             assert str(error)
 
@@ -423,21 +424,23 @@ def test_whatever_is_written_there_is_a_recipe_or_a_fault_of_one_line(text):
 # --- the schema ----------------------------------------------------------------------------------
 
 
-def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
-    found = [model]
-    for field in model.model_fields.values():
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found += sections(kind)
-    return found
+def sections(annotation: Any) -> list[type[BaseModel]]:
+    """Sections in an annotation such as `MoE | None` or `tuple[Listing, ...]`, and in those."""
+    inner = getattr(annotation, "__args__", ())
+    found = []
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        found.append(annotation)
+        inner = [field.annotation for field in annotation.model_fields.values()]
+    return found + [section for each in inner for section in sections(each)]
 
 
-def test_every_field_is_described_and_every_section_documented():
-    assert len(sections(Recipe)) == 7
-    for section in sections(Recipe):
+@pytest.mark.parametrize(("root", "n"), [(Recipe, 7), (Published, 6)])
+def test_every_field_is_described_and_every_section_documented(root, n):
+    assert len(sections(root)) == n
+    for section in sections(root):
         assert section.__doc__
         for name, field in section.model_fields.items():
-            is_section = any(field.annotation in (s, s | None) for s in sections(Recipe))
+            is_section = any(field.annotation in (s, s | None) for s in sections(root))
             assert field.description or is_section, f"{section.__name__}.{name}"
 
 

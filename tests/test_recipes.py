@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,32 @@ import torch
 from nano_moe import recipe_file
 from nano_moe.accounting import count
 from nano_moe.config import Recipe
+from nano_moe.errors import UserError
 from nano_moe.model.gpt import GPT
+from nano_moe.published import Published
 from nano_moe.training.module import Decoder
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FILES = sorted(RECIPES.rglob("*.yaml"))
 LADDER = ("dense", "switch", "mixtral", "deepseek", "deepseek-v3")
+
+
+def kinds(path: Path) -> list[str]:
+    """Which of the kinds of recipe a file is: a run to train, or a published model to count."""
+    values = set(recipe_file.read_tree(path).values)
+    fields = {
+        "trainable": {"model", "optim", "trainer"},
+        "published": {"published", "model"},
+        "count-only": {"published", "weights"},
+    }
+    return [kind for kind, needed in fields.items() if needed <= values]
+
+
+def of_kind(*wanted: str) -> pytest.MarkDecorator:
+    """Parametrise over the files of these kinds, wherever they lie."""
+    chosen = [path for path in FILES if set(kinds(path)) & set(wanted)]
+    names = [str(path.relative_to(RECIPES).with_suffix("")) for path in chosen]
+    return pytest.mark.parametrize("path", chosen, ids=names)
 
 
 def load(path: Path, *overrides: str) -> Recipe:
@@ -25,14 +46,11 @@ def load(path: Path, *overrides: str) -> Recipe:
     return recipe_file.load(path, [*files, *overrides])
 
 
-def kinds(path: Path) -> list[str]:
-    """Which of the kinds of recipe a file is; today there is one, a run to train."""
-    values = recipe_file.read_tree(path).values
-    return ["trainable"] if {"model", "optim", "trainer"} <= set(values) else []
-
-
 def test_there_are_recipes():
     assert {"base", "char", *LADDER} <= {path.stem for path in FILES}
+    assert {kind for path in FILES for kind in kinds(path)} == {
+        "trainable", "published", "count-only",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -40,7 +58,14 @@ def test_a_recipe_is_of_exactly_one_kind(path):
     assert len(kinds(path)) == 1
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@of_kind("published", "count-only")
+def test_a_published_model_counts_and_does_not_train(path):
+    assert isinstance(recipe_file.load_any(path), Published)
+    with pytest.raises(UserError, match="for counting only"):
+        recipe_file.load(path)
+
+
+@of_kind("trainable")
 def test_accounting_equals_the_built_model(path):
     recipe = load(path)
     with torch.device("meta"):
@@ -48,12 +73,14 @@ def test_accounting_equals_the_built_model(path):
     assert count(recipe).total_params == sum(p.numel() for p in built.parameters())
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@of_kind("trainable")
 def test_a_shrunken_recipe_learns_its_batch(path):
     full = load(path)
     active = full.model.moe.n_active if full.model.moe else 1
     small = ["model.d_model=32", "model.n_heads=2", "model.context=16", "model.vocab_size=64"]
     width = [f"model.d_ff={16 * active}", "model.n_layers=2"]
+    if full.model.moe and full.model.moe.init_from:  # there is no such run here to start from
+        width.append("model.moe.init_from=null")
     module = Decoder(load(path, *small, *width, "trainer.steps=60", "optim.warmup_steps=0"))
     optimizer = module.configure_optimizers()[0][0]
     batch = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -72,9 +99,12 @@ def test_a_shrunken_recipe_learns_its_batch(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_recipe_opens_with_its_question_and_its_command(path):
-    comment = path.read_text().split("\nmodel:")[0].split("\nbase:")[0]
+    lines = path.read_text().splitlines()
+    comment = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
     assert "?" in comment
-    assert "make train" in comment
+    assert ("make train" if kinds(path) == ["trainable"] else "make count") in comment
+    if kinds(path) != ["trainable"]:
+        assert f"RECIPE={path.relative_to(RECIPES.parent)}\n" in comment + "\n"
 
 
 def test_the_ladder_has_equal_active_parameters_tokens_and_attention():
@@ -97,9 +127,11 @@ def test_a_pair_differs_only_by_its_moe_block_the_absorbing_width_and_tuned_rate
 
 
 def test_every_field_a_recipe_sets_carries_its_reason():
+    """A listed weight's reason is its `source`, which the schema demands."""
+    named = {"base", "name", "source", "note", "rumour"}
     for path in FILES:
-        for line in path.read_text().splitlines():
+        for line in path.read_text().partition("\nweights:")[0].splitlines():
             key, _, rest = line.partition(":")
             is_setting = rest.strip() and not line.lstrip().startswith("#")
-            if is_setting and key.strip() != "base":
+            if is_setting and key.strip() not in named:
                 assert "#" in rest, f"{path.name}: {line.strip()} gives no reason"

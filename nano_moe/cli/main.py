@@ -20,7 +20,7 @@ VERBS = {
     "eval": "score a run on the whole validation split",
     "sample": "continue a prompt with a trained run",
     "compare": "runs side by side at equal tokens, FLOPs and seconds",
-    "count": "parameters, FLOPs and bytes of a recipe",
+    "count": "parameters, FLOPs and bytes of a recipe or a published model",
     "show": "the resolved recipe, after base and overrides",
     "prepare": "read, split and tokenize a recipe's text",
 }

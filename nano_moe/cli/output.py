@@ -61,11 +61,20 @@ def si(value: float) -> str:
     return f"{value:g}"
 
 
+def params(n: float) -> str:
+    """46702792704 as 46.70B."""
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= factor:
+            return f"{n / factor:,.{max(0, 4 - len(str(int(n / factor))))}f}{unit}"
+    return f"{n:g}"
+
+
 def size(n_bytes: float) -> str:
     """Bytes in units of 1024."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n_bytes >= factor:
-            return f"{n_bytes / factor:.3g} {unit}"
+            n = n_bytes / factor
+            return f"{n:,.0f} {unit}" if n >= 1000 else f"{n:.3g} {unit}"
     return f"{n_bytes:.0f} B"
 
 

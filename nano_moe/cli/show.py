@@ -13,4 +13,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    print(recipe_file.dump(recipe_file.load(args.recipe, args.overrides)), end="")
+    print(recipe_file.dump(recipe_file.load_any(args.recipe, args.overrides)), end="")
