@@ -31,7 +31,7 @@ def test_count_says_all_that_articles_say_of_mixtral(shop):
     assert status == 0
     for part in (
         "Mixtral 8x7B (Jiang et al. 2024, arXiv:2401.04088)",
-        "46,702,792,704", "12,879,925,248", "47B", "13B",
+        "46,702,792,704", "12,879,925,248", "46.7B", "12.9B",
         "87 GiB", "24 GiB",  # bf16
         "our decoder's own modules",
         "3.7 times less", "27.6%", "all 46.70B must be held",
@@ -43,7 +43,7 @@ def test_count_says_all_that_articles_say_of_mixtral(shop):
 
 def test_count_as_json_has_the_figures_that_it_has_in_words(shop):
     found = shop.json("count", MIXTRAL)
-    assert found["published"]["total"] == 47 and found["by"] == "built"
+    assert found["published"]["total"] == 46.7 and found["by"] == "built"
     assert (found["total_params"], found["active_params"]) == (46_702_792_704, 12_879_925_248)
     assert found["weight_bytes"]["bf16"] == 2 * 46_702_792_704
     assert found["active_bytes"]["int4"] == 12_879_925_248 / 2
@@ -91,6 +91,6 @@ def test_show_prints_a_published_model_that_reads_back_the_same(shop, path):
 def test_a_misspelt_field_of_a_published_model(shop, verb):
     Path("mine.yaml").write_text(Path(MIXTRAL).read_text().replace("source:", "sorce:"))
     message = shop.fault(verb, "mine.yaml")
-    assert "mine.yaml:9: published.sorce: no such field; did you mean 'source'?" in message
+    assert "mine.yaml:10: published.sorce: no such field; did you mean 'source'?" in message
     assert "no such field" in shop.fault(verb, MIXTRAL, "model.moe.topk=4")
     assert "n_experts=8" in shop.fault(verb, MIXTRAL, "model.moe.top_k=9")
