@@ -37,6 +37,8 @@ def read_curve(run: Run) -> Curve:
     except (KeyError, ValueError, TypeError, csv.Error):
         raise UserError(f"{run.metrics_file}: not a metrics file of this kit") from None
     if not rows:
+        if run.recipe_file.is_file():
+            run.recipe().model.check_causal()
         raise UserError(f"{run.metrics_file}: no validation yet; let the run train further")
     return Curve(run.name, spent, ce, bpb)
 

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from nano_moe.errors import UserError
+
 DOMAINS = (
     "fiction_en",
     "fiction_fr",
@@ -404,6 +406,14 @@ class ModelConfig(Section):
     def is_causal(self) -> bool:
         """Whether a logit depends on its past alone: not where experts choose among all tokens."""
         return self.moe is None or self.moe.routing != "expert_choice"
+
+    def check_causal(self) -> None:
+        """Raises UserError for a model whose predictions look at what they predict."""
+        if not self.is_causal:
+            raise UserError(
+                "model.moe.routing: expert_choice sees the future, so its loss and samples mean "
+                "nothing and are refused; train with token_choice to evaluate or sample"
+            )
 
     def is_sparse(self, layer: int) -> bool:
         return self.moe is not None and self.moe.is_sparse(layer)

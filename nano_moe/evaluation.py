@@ -3,7 +3,7 @@
 Deterministic: every token of the split is predicted once, in non-overlapping windows, no sampling.
 Cross-entropy alone: no balancing term enters any figure here. No Lightning.
 
-Shapes: B batch, T time, L sparse layers, E experts.
+Shapes: B batch, T time, N = B*T tokens, E experts, K top_k, A values of an attribute.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nano_moe.model.balance import load_statistics, router_entropy
+from nano_moe.model.balance import load_statistics, mutual_information, router_entropy
 from nano_moe.model.gpt import GPT, cross_entropy
+from nano_moe.model.routing import Routing, count_tokens
 from nano_moe.text.store import Corpus
 from nano_moe.text.windows import EvalWindows
 
@@ -65,64 +66,75 @@ class Evaluation:
 
 
 class RoutingTally:
-    """Sums each sparse layer's token counts and router entropy over batches."""
+    """Sums each sparse layer's choices, by domain and by token, and router entropy over batches."""
 
-    def __init__(self) -> None:
-        self.layers: list[int] = []
-        self.counts: Tensor | None = None  # (L, E)
-        self.entropy: Tensor | None = None  # (L,), weighted by tokens
+    def __init__(self, n_domains: int, vocab_size: int) -> None:
+        self.sizes = {"domain": n_domains, "token": vocab_size}
+        self.joint: dict[tuple[int, str], Tensor] = {}  # per layer and attribute: (A, E)
+        self.entropy: dict[int, Tensor] = {}  # per layer, weighted by tokens
         self.tokens = 0
 
-    def add(self, routings: list[Any]) -> None:
-        sparse = [(layer, r) for layer, r in enumerate(routings) if r is not None]
-        if not sparse:
-            return
-        self.layers = [layer for layer, _ in sparse]
-        n_tokens = sparse[0][1].ids.shape[0]
-        counts = torch.stack([r.counts for _, r in sparse])
-        entropy = torch.stack([router_entropy(r.probs.detach()) for _, r in sparse]) * n_tokens
-        self.counts = counts if self.counts is None else self.counts + counts
-        self.entropy = entropy if self.entropy is None else self.entropy + entropy
-        self.tokens += n_tokens
+    def add(self, routings: list[Routing | None], inputs: Tensor, domains: Tensor) -> None:
+        """Count one batch; `inputs` (B, T) holds token ids, `domains` (N,) what is predicted."""
+        attributes = {"domain": domains.to(inputs.device), "token": inputs.flatten()}
+        for layer, routing in enumerate(routings):
+            if routing is None:
+                continue
+            entropy = router_entropy(routing.probs.detach()) * inputs.numel()
+            self.entropy[layer] = self.entropy.get(layer, 0) + entropy
+            for name, values in attributes.items():
+                met = joint_counts(values, routing, self.sizes[name])
+                self.joint[layer, name] = self.joint.get((layer, name), 0) + met
+        self.tokens += inputs.numel()
 
     def rows(self) -> list[dict[str, Any]]:
         """One mapping per sparse layer: its number, loads (shares) and statistics."""
-        if self.counts is None or self.entropy is None:
-            return []
-        statistics = load_statistics(self.counts)
-        shares = self.counts / self.counts.sum(-1, keepdim=True)
-        entropy = self.entropy / self.tokens
-        return [
-            {
-                "layer": layer,
-                "load": shares[row].tolist(),
-                **{name: values[row].item() for name, values in statistics.items()},
-                "router_entropy": entropy[row].item(),
-            }
-            for row, layer in enumerate(self.layers)
-        ]
+        return [self._row(layer) for layer in self.entropy]
+
+    def _row(self, layer: int) -> dict[str, Any]:
+        counts = self.joint[layer, "domain"].sum(0)
+        information = {
+            f"{name}_information": mutual_information(self.joint[layer, name]).item()
+            for name in self.sizes
+        }
+        return {
+            "layer": layer,
+            "load": (counts / counts.sum()).tolist(),
+            **{name: value.item() for name, value in load_statistics(counts).items()},
+            "router_entropy": (self.entropy[layer] / self.tokens).item(),
+            **information,  # in bits; load_entropy * log2(E) is the most it can be
+        }
+
+
+def joint_counts(values: Tensor, routing: Routing, n_values: int) -> Tensor:
+    """How often a token of each attribute value chose each expert: (N,) values to (A, E)."""
+    n_experts = routing.counts.shape[0]
+    pairs = values.unsqueeze(-1) * n_experts + routing.ids  # (N, K)
+    return count_tokens(pairs.flatten(), n_values * n_experts).view(n_values, n_experts)
 
 
 @torch.no_grad()
 def evaluate(model: GPT, corpus: Corpus, *, batch_size: int, precision: str) -> Evaluation:
     """Score the whole validation split; leaves the model in the mode it was in.
 
-    `precision` is "fp32" or "bf16" (autocast).
+    `precision` is "fp32" or "bf16" (autocast). Raises UserError for a model that sees the future.
     """
+    model.config.check_causal()
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     nats = torch.zeros(len(corpus.domains), dtype=torch.float64)
     tokens = torch.zeros(len(corpus.domains), dtype=torch.int64)
-    tally = RoutingTally()
+    tally = RoutingTally(len(corpus.domains), model.config.vocab_size)
     try:
         for inputs, targets, domain_ids in _batches(corpus, model.config.context, batch_size):
+            inputs = inputs.to(device)
             with autocast(device, precision):
-                logits, routings = model(inputs.to(device))
+                logits, routings = model(inputs)
             losses = cross_entropy(logits, targets.to(device), reduction="none")
             nats.index_add_(0, domain_ids, losses.double().cpu())
             tokens.index_add_(0, domain_ids, torch.ones_like(domain_ids))
-            tally.add(routings)
+            tally.add(routings, inputs, domain_ids)
     finally:
         model.train(was_training)
     return _summarize(corpus, nats, tokens, tally)

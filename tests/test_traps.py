@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from nano_moe.config import OptimConfig
+from nano_moe.config import MoEConfig, OptimConfig
 from nano_moe.evaluation import evaluate
 from nano_moe.model.balance import load_balancing_loss, load_statistics, updated_expert_bias
 from nano_moe.model.experts import Experts, grouped, loop
@@ -31,8 +31,9 @@ from nano_moe.model.routing import (
     scores_of,
 )
 from nano_moe.training import optimizers
+from nano_moe.training.balancing import Balancing
 from nano_moe.training.data import TokenData
-from nano_moe.training.module import Decoder, balance_terms
+from nano_moe.training.module import Decoder
 from nano_moe.training.optimizers import MuonAdamW, parameter_groups
 
 mistake = pytest.raises(AssertionError)
@@ -96,7 +97,8 @@ def assert_sees_collapsed_layers(mean_loss) -> None:
 
 
 def test_t02_loss_is_per_layer():
-    assert_sees_collapsed_layers(lambda layers: balance_terms(layers)["load_balancing_loss"].mean())
+    balancing = Balancing(MoEConfig(n_experts=4, top_k=1))
+    assert_sees_collapsed_layers(lambda r: balancing.terms(r, 1)["load_balancing_loss"].mean())
 
 
 def test_t02_mistake():
@@ -195,12 +197,17 @@ def test_t05_loss_is_summed_over_layers(recipe_of, moe_config):
 
 
 def test_t05_mistake(recipe_of, moe_config):
-    class MeanOverLayers(Decoder):
-        def _weighted(self, terms):
-            return 0.5 * terms["load_balancing_loss"].mean()
+    class MeanOverLayers(Balancing):
+        def weighted(self, terms):
+            return {"load_balancing_loss": 0.5 * terms["load_balancing_loss"].mean()}
+
+    def decoder(recipe):
+        made = Decoder(recipe)
+        made.balancing = MeanOverLayers(recipe.model.moe)
+        return made
 
     with mistake:
-        assert_strength_does_not_depend_on_depth(MeanOverLayers, recipe_of, moe_config)
+        assert_strength_does_not_depend_on_depth(decoder, recipe_of, moe_config)
 
 
 # T6: loads are counts, without a gradient; gradients are finite at perfect balance
@@ -270,20 +277,20 @@ class StepsPerMicroBatch(Decoder):
         for router, counts in zip(self.model.routers, output["counts"], strict=True):
             bias = updated_expert_bias(bias=router.expert_bias, counts=counts, rate=0.1)
             router.expert_bias.copy_(bias)
-        self._step_counts = None
+        self.balancing.counts = None
         return output
 
 
 class NeverResetsCounts(Decoder):
     def on_before_optimizer_step(self, optimizer):
-        counts = self._step_counts
+        counts = self.balancing.counts
         super().on_before_optimizer_step(optimizer)
-        self._step_counts = counts
+        self.balancing.counts = counts
 
 
 class KeepsLastMicroBatch(Decoder):
     def training_step(self, batch, batch_idx):
-        self._step_counts = None
+        self.balancing.counts = None
         return super().training_step(batch, batch_idx)
 
 
@@ -308,10 +315,10 @@ def assert_evaluation_leaves_no_trace(model: GPT, corpus) -> None:
 def test_t09_evaluation_changes_nothing(recipe_of, moe_config, tiny_corpus, tokens, training):
     decoder = Decoder(recipe_of(moe_config(moe=AUX_FREE)))
     decoder.training_step(tokens, 0)
-    counts = decoder._step_counts.clone()
+    counts = decoder.balancing.counts.clone()
     decoder.model.train(training)
     assert_evaluation_leaves_no_trace(decoder.model, tiny_corpus)
-    assert torch.equal(decoder._step_counts, counts)
+    assert torch.equal(decoder.balancing.counts, counts)
     assert decoder.model.training == decoder.model.blocks[0].training == training
     assert all(parameter.grad is None for parameter in decoder.parameters())
 
@@ -360,7 +367,8 @@ def test_t11_validation_reports_plain_cross_entropy(
 def test_t11_mistake(moe_config, build, tiny_corpus):
     def with_balancing(model, corpus):
         routings = model(torch.zeros(1, 12, dtype=torch.int64))[1]
-        return our_ce(model, corpus) + 0.01 * balance_terms(routings)["load_balancing_loss"].sum()
+        terms = Balancing(model.config.moe).terms(routings, 1)
+        return our_ce(model, corpus) + 0.01 * terms["load_balancing_loss"].sum()
 
     with mistake:
         assert_reports_plain_cross_entropy(with_balancing, build(moe_config()), tiny_corpus)

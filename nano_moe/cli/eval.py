@@ -51,7 +51,7 @@ def _print(scored: Evaluation) -> None:
     ]
     print_table("validation", ("domain", "CE (nats)", "bits/byte", "perplexity", "tokens"), rows)
     if scored.routing:
-        names = ("max_vio", "load_entropy", "max_share", "dead_experts", "router_entropy")
+        names = tuple(name for name in scored.routing[0] if name not in ("layer", "load"))
         routing = [
             (str(row["layer"]), *(figure(row[name], 3) for name in names)) for row in scored.routing
         ]

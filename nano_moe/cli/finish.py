@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from nano_moe.text.store import Corpus
     from nano_moe.training.fit import Result
 
+NOT_EVALUATED = (
+    "not evaluated: with routing=expert_choice a token's experts depend on the tokens after it, so "
+    "train/ce is no language-modelling loss and must not be compared"
+)
+
 
 def finish(run: Run, recipe: Recipe, corpus: Corpus, result: Result, *, as_json: bool) -> int:
     """Print the outcome; the exit status."""
@@ -26,18 +31,24 @@ def finish(run: Run, recipe: Recipe, corpus: Corpus, result: Result, *, as_json:
             file=sys.stderr,
         )
         return 128 + signal.Signals[result.stopped_by]
-    assert result.evaluation is not None
+    figures = {"run": run.name, "step": result.step, "seconds": round(result.seconds, 1)}
+    trained = f"{run.path}: {result.step} steps in {duration(result.seconds)} of training"
+    if result.evaluation is None:
+        if as_json:
+            print_json({**figures, "ce": None})
+        else:
+            print(f"{trained}\n{NOT_EVALUATED}\n{_tensorboard(run)}")
+        return 0
     overall = result.evaluation.overall
     if as_json:
-        figures = {"run": run.name, "step": result.step, "seconds": round(result.seconds, 1)}
         print_json({**figures, **result.evaluation.as_json()})
         return 0
     print(
-        f"{run.path}: {result.step} steps in {duration(result.seconds)} of training\n"
+        f"{trained}\n"
         f"validation loss {overall.ce:.4f} nats per token, {overall.bpb:.4f} bits per byte "
         f"({overall.tokens:,} tokens)\n"
         f"{_sample(run, recipe, corpus)}\n"
-        f"TensorBoard: {_tensorboard()} --logdir {run.path.parent} --host 127.0.0.1"
+        f"{_tensorboard(run)}"
     )
     return 0
 
@@ -52,6 +63,7 @@ def _sample(run: Run, recipe: Recipe, corpus: Corpus) -> str:
     return f"sample{best}: {text}"
 
 
-def _tensorboard() -> str:
+def _tensorboard(run: Run) -> str:
     script = Path(sys.executable).with_name("tensorboard")
-    return os.path.relpath(script) if script.exists() else "tensorboard"
+    program = os.path.relpath(script) if script.exists() else "tensorboard"
+    return f"TensorBoard: {program} --logdir {run.path.parent} --host 127.0.0.1"

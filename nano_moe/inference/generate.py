@@ -52,8 +52,10 @@ def generate(
 ) -> Iterator[str]:
     """Yield pieces of text as they are sampled, until an end token or `max_tokens`.
 
-    An empty prompt starts a new document. The window slides when the context is full.
+    An empty prompt starts a new document. The window slides when the context is full. Raises
+    UserError for a model that sees the future.
     """
+    model.config.check_causal()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     ids = [tokenizer.end_id, *(int(i) for i in tokenizer.encode(prompt))]

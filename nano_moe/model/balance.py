@@ -1,9 +1,11 @@
 """Balancing terms and load statistics: pure functions of a layer's routing.
 
-Shapes: N tokens, E experts, K top_k.
+Shapes: N tokens, E experts, K top_k, A values of an attribute.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -14,10 +16,13 @@ def load_balancing_loss(*, counts: Tensor, probs: Tensor) -> Tensor:
 
     f_i is the share of all N*K assignments that expert i got, so the floor is 1 for every top_k;
     it is a count and carries no gradient. P_i is the mean full probability of expert i.
-    counts (E,), probs (N, E); scalar. Fedus et al. 2021 (Switch), eq. 4-6.
+    counts (..., E), probs (..., N, E); scalar, the mean over leading dimensions: with one row per
+    sequence it is the sequence-wise loss (DeepSeek-V3 2024, eq. 17-20, with our floor), with the
+    counts of a whole step the global-batch loss (Qiu et al. 2025, eq. 4). Fedus et al. 2021
+    (Switch), eq. 4-6.
     """
-    share = counts.to(probs.dtype) / counts.sum()
-    return counts.shape[0] * (share.detach() * probs.mean(0)).sum()
+    share = counts.to(probs.dtype) / counts.sum(-1, keepdim=True)
+    return counts.shape[-1] * (share.detach() * probs.mean(-2)).sum(-1).mean()
 
 
 def router_z_loss(*, logits: Tensor) -> Tensor:
@@ -28,14 +33,17 @@ def router_z_loss(*, logits: Tensor) -> Tensor:
     return logits.logsumexp(-1).square().mean()
 
 
-def updated_expert_bias(*, bias: Tensor, counts: Tensor, rate: float) -> Tensor:
+def updated_expert_bias(*, bias: Tensor, counts: Tensor, rate: float, rule: str = "sign") -> Tensor:
     """One step of aux-loss-free balancing: raise starved experts, lower crowded ones, recentre.
 
-    bias (E,) float32, counts (E,) of one whole optimizer step; the new bias. Wang et al. 2024,
-    algorithm 1 (sign rule). Subtracting the mean changes no selection and stops the drift.
+    bias (E,) float32, counts (E,) of one whole optimizer step; the new bias. Wang et al. 2024:
+    "sign" moves by the rate (algorithm 1), "error" by the rate times (mean - load) / mean
+    (sec. 4.3, with the error relative, so that a rate means the same at any batch size).
+    Subtracting the mean changes no selection and stops the drift.
     """
     load = counts.to(bias.dtype)
-    bias = bias + rate * (load.mean() - load).sign()
+    error = (load.mean() - load) / load.mean()
+    bias = bias + rate * (error.sign() if rule == "sign" else error)
     return bias - bias.mean()
 
 
@@ -63,3 +71,15 @@ def router_entropy(probs: Tensor) -> Tensor:
     """Mean entropy of a token's router distribution, in units of log E: (N, E) -> scalar."""
     log_e = torch.log(torch.tensor(float(max(probs.shape[-1], 2))))
     return torch.special.entr(probs).sum(-1).mean() / log_e
+
+
+def mutual_information(joint: Tensor) -> Tensor:
+    """What knowing an attribute of a token tells about its expert, in bits.
+
+    joint (..., A, E), how often attribute value a met expert e; (...,): 0 when they are
+    independent, the entropy of the load when the attribute decides. Of samples, not of the truth:
+    many values with few tokens each raise it.
+    """
+    p = joint.double() / joint.sum((-2, -1), keepdim=True).clamp_min(1)
+    entropies = [torch.special.entr(q).sum(-1) for q in (p.sum(-1), p.sum(-2), p.flatten(-2))]
+    return (entropies[0] + entropies[1] - entropies[2]) / math.log(2)

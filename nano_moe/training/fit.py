@@ -27,6 +27,7 @@ from nano_moe.training.progress import Progress
 from nano_moe.training.signals import StopSignal
 from nano_moe.training.telemetry import Recorder, Telemetry
 from nano_moe.training.validation import Validation
+from nano_moe.training.warm_start import warm_start
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Result:
 
     step: int
     seconds: float  # of training alone
-    evaluation: Evaluation | None  # of the last step; None when stopped before it
+    evaluation: Evaluation | None  # of the last step; None when stopped before it, or not causal
     stopped_by: str | None  # the signal's name, None when all steps were done
 
 
@@ -55,6 +56,8 @@ def fit(
     trainer = _trainer(recipe, device, precision, [stop, telemetry, validation, bar, save])
     torch.manual_seed(recipe.seed)  # a resumed run's state comes from its checkpoint
     module = Decoder(recipe)
+    if not resume:
+        warm_start(module.model, recipe, run)
     if recipe.trainer.compile:
         check_compiler(device)
         module.model.compile()

@@ -15,15 +15,11 @@ from torch import Tensor, nn
 from nano_moe.accounting import count
 from nano_moe.config import Recipe
 from nano_moe.errors import UserError
-from nano_moe.model.balance import (
-    load_balancing_loss,
-    router_entropy,
-    router_z_loss,
-    updated_expert_bias,
-)
+from nano_moe.model.balance import router_entropy
 from nano_moe.model.gpt import GPT, cross_entropy, init_weights
-from nano_moe.model.routing import Routing
+from nano_moe.model.routing import Routing, dropped_share
 from nano_moe.runs import SCHEMA
+from nano_moe.training.balancing import Balancing
 from nano_moe.training.optimizers import MuonAdamW, parameter_groups
 from nano_moe.training.schedule import multiplier
 
@@ -33,7 +29,7 @@ class NonFiniteTraining(UserError):
 
 
 class Decoder(L.LightningModule):
-    """GPT plus what training adds: losses, optimizer, aux-free bias steps."""
+    """GPT plus what training adds: losses, balancing, optimizer."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -44,39 +40,24 @@ class Decoder(L.LightningModule):
         self.gradient_norms: dict[str, Tensor] = {}
         self.learning_rates: dict[str, float] = {}  # of the step being taken, by group
         self._step_loss: Tensor | float = 0.0  # summed over micro-batches
-        self._step_counts: Tensor | None = None  # (L, E), summed over one optimizer step
+        moe = recipe.model.moe
+        self.balancing = None if moe is None else Balancing(moe)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:  # (B, T + 1)
         logits, routings = self.model(batch[:, :-1])
         ce = cross_entropy(logits, batch[:, 1:])
-        sparse = [routing for routing in routings if routing is not None]
-        terms = balance_terms(sparse)
-        loss = ce + self._weighted(terms)
+        output, loss = {"ce": ce.detach()}, ce
+        if self.balancing is not None:
+            sparse = [routing for routing in routings if routing is not None]
+            terms = self.balancing.terms(sparse, len(batch))
+            weighted = self.balancing.weighted(terms)
+            loss = ce + sum(weighted.values(), start=torch.zeros_like(ce))
+            output |= {name: term.detach() for name, term in terms.items()}
+            output |= {f"weighted_{name}": term.detach() for name, term in weighted.items()}
+            output |= routing_figures(sparse)
         self._step_loss = self._step_loss + loss.detach()
         # The trainer divides "loss" by the accumulation; "total_loss" stays what it is.
-        output = {"loss": loss, "total_loss": loss.detach(), "ce": ce.detach()}
-        if sparse:
-            counts = torch.stack([routing.counts for routing in sparse])
-            entropy = [router_entropy(routing.probs.detach()) for routing in sparse]
-            output |= {name: term.detach() for name, term in terms.items()}
-            output |= {"counts": counts, "router_entropy": torch.stack(entropy)}
-            previous = self._step_counts
-            self._step_counts = counts if previous is None else previous + counts
-        return output
-
-    def _weighted(self, terms: dict[str, Tensor]) -> Tensor | float:
-        """Coefficient times term, each summed over layers: equal strength at any depth."""
-        moe = self.recipe.model.moe
-        if moe is None:
-            return 0.0
-        coefficients = {
-            "load_balancing_loss": moe.load_balancing_loss,
-            "router_z_loss": moe.router_z_loss,
-        }
-        return sum(
-            (coefficients[name] * term.sum() for name, term in terms.items() if coefficients[name]),
-            start=torch.zeros((), device=self.device),
-        )
+        return {"loss": loss, "total_loss": loss.detach(), **output}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.gradient_norms = gradient_norms(self.model)
@@ -87,13 +68,8 @@ class Decoder(L.LightningModule):
             raise NonFiniteTraining(
                 f"step {self.global_step + 1}: loss is {loss:g} and the gradient norm {norm:g}"
             )
-        rate = self.recipe.model.moe.bias_update_rate if self.recipe.model.moe else 0.0
-        if rate and self._step_counts is not None:
-            for router, counts in zip(self.model.routers, self._step_counts, strict=True):
-                assert router.expert_bias is not None
-                bias = updated_expert_bias(bias=router.expert_bias, counts=counts, rate=rate)
-                router.expert_bias.copy_(bias)
-        self._step_counts = None
+        if self.balancing is not None:
+            self.balancing.step(self.model.routers)
 
     def configure_gradient_clipping(
         self,
@@ -135,16 +111,15 @@ class Decoder(L.LightningModule):
             torch.cuda.set_rng_state(rng["cuda"].cpu())
 
 
-def balance_terms(sparse: list[Routing]) -> dict[str, Tensor]:
-    """Raw balancing terms per sparse layer, each (L,); empty for a dense model."""
-    if not sparse:
-        return {}
-    return {
-        "load_balancing_loss": torch.stack(
-            [load_balancing_loss(counts=r.counts, probs=r.probs) for r in sparse]
-        ),
-        "router_z_loss": torch.stack([router_z_loss(logits=r.logits) for r in sparse]),
+def routing_figures(sparse: list[Routing]) -> dict[str, Tensor]:
+    """Counts (L, E), and per layer (L,) the router's entropy and what a capacity dropped."""
+    figures = {
+        "counts": torch.stack([routing.counts for routing in sparse]),
+        "router_entropy": torch.stack([router_entropy(r.probs.detach()) for r in sparse]),
     }
+    if any(routing.kept is not None for routing in sparse):
+        figures["dropped_share"] = torch.stack([dropped_share(routing) for routing in sparse])
+    return figures
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:

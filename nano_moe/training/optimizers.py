@@ -4,7 +4,7 @@ A single `torch.optim.Optimizer`, so that clipping, accumulation, schedules and 
 trainer work unchanged. Policies, each tested:
 
 - Embeddings, head, norms and routers are not decayed; hidden matrices and experts are.
-- Routers have a learning rate of their own and are always AdamW's.
+- Routers and the gates of shared experts have a learning rate of their own and are always AdamW's.
 - An expert whose gradient is zero in a step (no token chose it) is left as it is, weights and
   state: Muon would turn its stale momentum into a full-size step, AdamW would shrink it.
 
@@ -57,7 +57,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def _group_of(name: str, parameter: Tensor) -> str:
-    if "router" in name:
+    if "router" in name or "shared_gate" in name:
         return "router"
     if "embedding" in name or "head" in name or parameter.ndim < 2:
         return "embedding"

@@ -2,9 +2,11 @@
 
     train/ce, train/loss      cross-entropy; what is minimized, weighted terms included
     train/<term>              load_balancing_loss (1: even), router_z_loss; raw, mean over layers
+    train/weighted/<term>     the same as it enters the loss: times its coefficient, over all layers
+    train/dropped_share       assignments over capacity, mean over layers
     val/ce, val/bpb           overall; val_bpb/<domain> per domain
-    moe/layer<l>/<figure>     max_vio, load_entropy, max_share, dead_experts, router_entropy and
-                              the raw terms of one layer
+    moe/layer<l>/<figure>     max_vio, load_entropy, max_share, dead_experts, router_entropy,
+                              dropped_share, bias_spread and the raw terms of one layer
     moe_load/layer<l>/<e>     share of assignments that expert e took
     optim/lr/<group>, grad_norm/<part>, speed/tokens_per_second, speed/mfu
 
@@ -46,8 +48,11 @@ SCALARS = {
     "ce": "train/ce",
     "load_balancing_loss": "train/load_balancing_loss",
     "router_z_loss": "train/router_z_loss",
+    "weighted_load_balancing_loss": "train/weighted/load_balancing_loss",
+    "weighted_router_z_loss": "train/weighted/router_z_loss",
+    "dropped_share": "train/dropped_share",
 }
-PER_LAYER = ("router_entropy", "load_balancing_loss", "router_z_loss")
+PER_LAYER = ("router_entropy", "load_balancing_loss", "router_z_loss", "dropped_share")
 # Dense bf16 peak in FLOP/s from the makers' data sheets, by a part of the device's name.
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -146,6 +151,7 @@ class Telemetry(StepCallback):
             if name in self._sums
         }
         scalars |= self._routing_scalars(pl_module.layers)
+        scalars |= bias_spreads(pl_module)
         scalars |= self._speed_scalars(step, seconds, pl_module)
         scalars |= {f"grad_norm/{k}": v.item() for k, v in pl_module.gradient_norms.items()}
         scalars |= {f"optim/lr/{k}": rate for k, rate in pl_module.learning_rates.items()}
@@ -160,7 +166,8 @@ class Telemetry(StepCallback):
             return {}
         counts = self._sums["counts"]
         figures = load_statistics(counts)
-        figures |= {name: self._sums[name] / self._batches for name in PER_LAYER}
+        held = [name for name in PER_LAYER if name in self._sums]
+        figures |= {name: self._sums[name] / self._batches for name in held}
         shares = counts / counts.sum(-1, keepdim=True)
         scalars: dict[str, float] = {}
         for row, layer in enumerate(layers):
@@ -178,6 +185,18 @@ class Telemetry(StepCallback):
         peak = peak_flops(pl_module.device) if self.precision == "bf16" else None
         mfu = {} if peak is None else {"speed/mfu": rate * pl_module.train_flops_per_token / peak}
         return {"speed/tokens_per_second": rate, **mfu}
+
+
+def bias_spreads(pl_module: Any) -> dict[str, float]:
+    """Largest minus smallest selection bias of each layer that has one."""
+    routers = zip(pl_module.layers, pl_module.model.routers, strict=True)
+    return {
+        f"moe/layer{layer}/bias_spread": (
+            router.expert_bias.max() - router.expert_bias.min()
+        ).item()
+        for layer, router in routers
+        if router.expert_bias is not None
+    }
 
 
 def budget(step: int, tokens_per_step: int, flops: int, seconds: float) -> dict[str, float]:

@@ -37,6 +37,8 @@ class Validation(StepCallback):
 
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
         step, recipe = trainer.global_step, pl_module.recipe
+        if not recipe.model.is_causal:
+            return  # such a loss would mean nothing
         if step % recipe.trainer.val_every == 0 or step == trainer.max_steps:
             with self.clock.paused():
                 self._validate(trainer, pl_module)

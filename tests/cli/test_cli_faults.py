@@ -95,6 +95,14 @@ def test_a_device_that_is_not_there(shop, monkeypatch):
     assert "trainer.accelerator" in message
 
 
+def test_a_dense_run_to_start_from_that_is_not_there_or_does_not_fit(shop):
+    recipe = ["tiny.yaml", "model.moe.d_expert=64"]
+    message = shop.fault("train", *recipe, "model.moe.init_from=dane")
+    assert "run 'dane': no such run; nearest: done" in message
+    message = shop.fault("train", *recipe, "model.moe.init_from=done")
+    assert "model.moe.init_from: checkpoints/done is sparse itself; name a dense run" in message
+
+
 # --- runs ----------------------------------------------------------------------------------------
 
 

@@ -229,3 +229,20 @@ def test_compare_warns_of_runs_on_different_text(shop):
     assert status == 0 and "different text" in out
     rows = shop.json("compare", "done", "other")["runs"]
     assert rows[0]["corpus"] != rows[1]["corpus"]
+
+
+def test_expert_choice_trains_as_a_demo_and_is_refused_where_it_would_mislead(shop):
+    choice = ["model.moe.routing=expert_choice", "model.moe.load_balancing_loss=0"]
+    status, out, _ = shop.run("train", "tiny.yaml", *choice, "--name", "leak")
+    assert status == 0
+    assert "not evaluated" in out and "tokens after it" in out and "validation loss" not in out
+    assert shop.json("train", "tiny.yaml", *choice)["ce"] is None
+    for verb in (["eval", "leak"], ["sample", "leak"], ["compare", "done", "leak"]):
+        assert "expert_choice sees the future" in shop.fault(*verb)
+
+
+def test_a_sparse_run_starts_from_a_dense_one(shop):
+    dense = shop.json("train", "tiny.yaml", "model.moe=null", "trainer.steps=30", "--name", "dense")
+    moe = ["model.moe.init_from=dense", "model.moe.d_expert=64", "trainer.steps=1"]
+    on = shop.json("train", "tiny.yaml", *moe, "optim.lr=1e-9", "--name", "on")
+    assert on["ce"] == pytest.approx(dense["ce"], abs=1e-3)

@@ -44,9 +44,16 @@ def sparse_tags(layers: list[int], experts: int) -> set[str]:
     return tags | {f"moe_load/layer{i}/{e}" for i in layers for e in range(experts)}
 
 
+WEIGHTED = {"train/weighted/load_balancing_loss", "train/weighted/router_z_loss"}
+
+
 @pytest.mark.parametrize(
     ("kind", "tags"),
-    [("dense", set()), ("softmax", sparse_tags([0, 1], 4)), ("sigmoid", sparse_tags([1], 4))],
+    [
+        ("dense", set()),
+        ("softmax", sparse_tags([0, 1], 4) | WEIGHTED),
+        ("sigmoid", sparse_tags([1], 4) | {"moe/layer1/bias_spread"}),
+    ],
 )
 def test_a_run_records_these_tags_and_columns(workshop, kind, tags):
     run, _ = workshop.train(workshop.recipe(kind))
@@ -106,6 +113,9 @@ def test_training_figures_are_means_over_all_micro_batches_since_the_last_row(
             per_layer = value / 2 if name.endswith(("balancing_loss", "z_loss")) else value
             assert found[f"train/{name}"][i] == (step, pytest.approx(per_layer, rel=1e-6))
         weighted = 0.01 * mean["load_balancing_loss"] + 0.001 * mean["router_z_loss"]
+        for name, coefficient in (("load_balancing_loss", 0.01), ("router_z_loss", 0.001)):
+            recorded = found[f"train/weighted/{name}"][i]
+            assert recorded == (step, pytest.approx(coefficient * mean[name], rel=1e-6))
         assert found["train/loss"][i][1] == pytest.approx(mean["ce"] + weighted, rel=1e-6)
         counts = sum(o["counts"] for o in part).double()  # (2 layers, 4 experts)
         assert counts.sum(1).tolist() == [len(part) * 4 * 16 * 2] * 2
@@ -123,6 +133,20 @@ def test_training_figures_are_means_over_all_micro_batches_since_the_last_row(
                 assert found[f"moe/layer{layer}/{figure}"][i] == (step, value)
             loads = [found[f"moe_load/layer{layer}/{e}"][i][1] for e in range(4)]
             assert loads == pytest.approx(share.tolist(), rel=1e-6)
+
+
+def test_what_a_capacity_drops_and_what_a_bias_spans_are_recorded(workshop):
+    moe = {"n_experts": 4, "top_k": 2, "capacity_factor": 0.5, "score": "sigmoid"}
+    moe |= {"bias_update_rate": 0.01}
+    run, _ = workshop.train(workshop.recipe("softmax", model__moe=moe))
+    found = events(run)
+    per_layer = [[v for _, v in found[f"moe/layer{i}/dropped_share"]] for i in range(2)]
+    means = [sum(layers) / 2 for layers in zip(*per_layer, strict=True)]
+    assert [v for _, v in found["train/dropped_share"]] == pytest.approx(means, rel=1e-5)
+    assert all(0.5 <= share < 1 for share in means)  # 16 tokens x 2 choices for 4 x 4 places
+    bias = workshop.checkpoint(run.last)["state_dict"]["model.blocks.1.ffn.router.expert_bias"]
+    spread = found["moe/layer1/bias_spread"][-1][1]
+    assert spread == pytest.approx((bias.max() - bias.min()).item(), rel=1e-5) and spread > 0
 
 
 def test_a_recorded_learning_rate_is_the_one_the_step_was_taken_with(workshop, monkeypatch):
