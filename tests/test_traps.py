@@ -9,6 +9,7 @@ Shapes: B batch, T time, N tokens, D d_model, E experts, K top_k, L layers.
 from __future__ import annotations
 
 import copy
+import importlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,12 +22,15 @@ from nano_moe.evaluation import evaluate
 from nano_moe.model.balance import load_balancing_loss, load_statistics, updated_expert_bias
 from nano_moe.model.experts import Experts, grouped, loop
 from nano_moe.model.gpt import GPT, cross_entropy, init_weights
+from nano_moe.model.moe import MoE
 from nano_moe.model.ops import RMSNorm
 from nano_moe.model.router import Router
 from nano_moe.model.routing import (
     Routing,
     count_tokens,
+    drop_overflow,
     gate_weights,
+    limit_to_groups,
     probabilities_of,
     scores_of,
 )
@@ -334,6 +338,64 @@ def test_t09_mistake(moe_config, build, tiny_corpus):
         assert_evaluation_leaves_no_trace(model, tiny_corpus)
 
 
+# T10: noise and jitter are for training; jitter scales what the router sees, not what experts see
+
+NOISE = {"noisy_top_k": True, "router_jitter": 0.5}
+
+
+@torch.no_grad()
+def assert_evaluation_draws_nothing(model: GPT, tokens: torch.Tensor) -> None:
+    model.eval()
+    state = torch.get_rng_state()
+    first = model(tokens)[0]
+    assert torch.equal(model(tokens)[0], first)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@torch.no_grad()
+def assert_experts_see_what_came_in(layer: MoE) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 16)
+    given = x.clone()
+    y, routing = layer.train()(x)
+    expected = layer.experts(given.view(-1, 16), routing).view_as(x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("moe", [{}, *({name: value} for name, value in NOISE.items())], ids=str)
+def test_t10_evaluation_draws_nothing(moe_config, build, tokens, moe):
+    model = build(moe_config(moe=moe))
+    assert_evaluation_draws_nothing(model, tokens)
+    model.train()
+    assert torch.equal(model(tokens)[0], model(tokens)[0]) == (not moe), "training does draw"
+
+
+def test_t10_jitter_reaches_the_router_alone(moe_config, build):
+    assert_experts_see_what_came_in(build(moe_config(moe=NOISE)).blocks[0].ffn)
+
+
+def test_t10_mistakes(moe_config, build, tokens):
+    class AlwaysNoisy(Router):
+        def logits(self, x):
+            self.training = True
+            return super().logits(x)
+
+    class JittersItsInput(MoE):
+        def forward(self, x, tokens=None):
+            return super().forward(x * torch.empty_like(x).uniform_(0.5, 1.5), tokens)
+
+    for name, value in NOISE.items():
+        model = build(moe_config(moe={name: value}))
+        for router in model.routers:
+            router.__class__ = AlwaysNoisy
+        with mistake:
+            assert_evaluation_draws_nothing(model, tokens)
+    layer = build(moe_config()).blocks[0].ffn
+    layer.__class__ = JittersItsInput
+    with mistake:
+        assert_experts_see_what_came_in(layer)
+
+
 # T11: the reported validation loss is cross-entropy alone
 
 
@@ -372,6 +434,87 @@ def test_t11_mistake(moe_config, build, tiny_corpus):
 
     with mistake:
         assert_reports_plain_cross_entropy(with_balancing, build(moe_config()), tiny_corpus)
+
+
+# T12: dropping over capacity sees the future and, over a whole batch, the other sequences
+
+CROWDED = {"capacity_factor": 0.5}
+
+
+@torch.no_grad()
+def assert_past_ignores_the_future(model: GPT, tokens: torch.Tensor) -> None:
+    before = model(tokens)[0]
+    for start in (3, 6, 9):
+        changed = tokens.clone()
+        changed[:, start:] = (tokens[:, start:] + 7) % 264
+        after = model(changed)[0]
+        torch.testing.assert_close(after[:, :start], before[:, :start], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def assert_a_sequence_ignores_its_neighbours(model: GPT, tokens: torch.Tensor) -> None:
+    together = model(tokens)[0]
+    for i in range(len(tokens)):
+        alone = model(tokens[i : i + 1])[0][0]
+        torch.testing.assert_close(alone, together[i], rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def assert_drops_nothing(model: GPT, dropless: GPT, tokens: torch.Tensor) -> None:
+    assert torch.equal(model(tokens)[0], dropless(tokens)[0])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_t12_evaluation_is_dropless(moe_config, build, tokens, top_k):
+    moe = {"top_k": top_k, "d_expert": 16}
+    dropless, model = build(moe_config(moe=moe)), build(moe_config(moe=moe | CROWDED))
+    assert_drops_nothing(model.eval(), dropless, tokens)
+    assert_past_ignores_the_future(model, tokens)
+    assert_a_sequence_ignores_its_neighbours(model, tokens)
+    with mistake:  # evaluation with training's capacity
+        assert_drops_nothing(model.train(), dropless, tokens)
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_t12_second_choices_wait_for_later_first_choices(moe_config, build, tokens, top_k):
+    """So dropping is for training alone: even within one sequence it is not causal."""
+    moe = {"top_k": top_k, "d_expert": 16, **CROWDED}
+    with mistake:
+        assert_past_ignores_the_future(build(moe_config(moe=moe)).train(), tokens)
+    first_choices_only = build(moe_config(moe=moe | {"top_k": 1})).train()
+    assert_past_ignores_the_future(first_choices_only, tokens)
+
+
+def test_t12_capacity_is_per_sequence(moe_config, build, tokens, monkeypatch):
+    model = build(moe_config(moe=CROWDED)).train()
+    assert_a_sequence_ignores_its_neighbours(model, tokens)
+    monkeypatch.setattr(
+        "nano_moe.model.moe.drop_overflow",
+        lambda routing, _, factor: drop_overflow(routing, 1, factor),
+    )  # one queue for the batch
+    with mistake:
+        assert_a_sequence_ignores_its_neighbours(model, tokens)
+
+
+# T13: an expert that chooses among all tokens chooses by the future
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_t13_tokens_choose_without_the_future(moe_config, build, tokens, training):
+    model = build(moe_config()).train(training)
+    assert model.config.is_causal
+    assert_past_ignores_the_future(model, tokens)
+    assert_a_sequence_ignores_its_neighbours(model, tokens)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_t13_expert_choice_leaks(moe_config, build, tokens, training):
+    model = build(moe_config(moe={"routing": "expert_choice"})).train(training)
+    assert not model.config.is_causal
+    with mistake:
+        assert_past_ignores_the_future(model, tokens)
+    with mistake:
+        assert_a_sequence_ignores_its_neighbours(model, tokens)
 
 
 # T14: initialisation reaches stacked experts, with residual scaling
@@ -559,6 +702,53 @@ def test_t16_bias_is_updated_in_place(recipe_of, moe_config):
     assert_held_references_see_the_update(Decoder(recipe))
     with mistake:
         assert_held_references_see_the_update(Rebinds(recipe))
+
+
+# T17: an expert of another group never wins, however low the biased scores
+
+
+def assert_masked_experts_never_win(limit) -> None:
+    scores = torch.rand(40, 8, generator=torch.Generator().manual_seed(0))
+    for bias in (0.0, -0.5, -2.0):
+        selection = scores + bias
+        best = selection.view(-1, 4, 2).amax(-1).argmax(-1, keepdim=True)
+        chosen = limit(selection, 4, 1, "max").topk(2).indices
+        assert torch.equal(chosen // 2, best.expand(-1, 2))
+
+
+def test_t17_masked_experts_never_win():
+    def masked_by_zero(selection, *options):
+        limited = limit_to_groups(selection, *options)
+        return limited.masked_fill(limited.isinf(), 0.0)
+
+    assert_masked_experts_never_win(limit_to_groups)
+    with mistake:
+        assert_masked_experts_never_win(masked_by_zero)
+
+
+def test_t17_published_routers_with_a_bias_mask_by_infinity():
+    """DeepSeek-V3 and GLM-4.5 have a bias; DeepSeek-V2 has none, and masks by 0.0 without harm."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "n_routed_experts": 8, "n_group": 4, "topk_group": 1}
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    for family, model in (("DeepseekV3", "deepseek_v3"), ("Glm4Moe", "glm4_moe")):
+        config = getattr(transformers, f"{family}Config")(num_experts_per_tok=2, **sizes)
+        router = published_router(model, family, config)
+        router.e_score_correction_bias.fill_(-3.0)
+        chosen = router(x)[2]
+        assert torch.equal(chosen[:, 0] // 2, chosen[:, 1] // 2), family
+    config = transformers.DeepseekV2Config(
+        num_experts_per_tok=3, topk_method="group_limited_greedy", **sizes
+    )
+    weights = published_router("deepseek_v2", "DeepseekV2", config)(x)[1]
+    assert (weights.amin(-1) == 0).all(), "one choice more than a group holds shows the mask"
+
+
+def published_router(model: str, family: str, config) -> nn.Module:
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    router = getattr(module, f"{family}TopkRouter")(config)
+    nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    return router
 
 
 # T18: gates multiply what an expert gives, in float32

@@ -42,7 +42,7 @@ def updated_expert_bias(*, bias: Tensor, counts: Tensor, rate: float, rule: str 
     Subtracting the mean changes no selection and stops the drift.
     """
     load = counts.to(bias.dtype)
-    error = (load.mean() - load) / load.mean()
+    error = (load.mean() - load) / load.mean().clamp_min(torch.finfo(load.dtype).tiny)
     bias = bias + rate * (error.sign() if rule == "sign" else error)
     return bias - bias.mean()
 

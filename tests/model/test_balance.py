@@ -1,6 +1,11 @@
-"""Balancing terms and load statistics against numpy, and at the loads where they are known."""
+"""Balancing terms and load statistics against brute force, and where their values are known.
+
+Shapes: N tokens, K top_k, E experts, A values of an attribute.
+"""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from hypothesis import strategies as st
 from nano_moe.model.balance import (
     load_balancing_loss,
     load_statistics,
+    mutual_information,
     router_entropy,
     router_z_loss,
     updated_expert_bias,
@@ -59,6 +65,35 @@ def test_load_balancing_loss_equals_its_sum(seed, n_experts):
     torch.testing.assert_close(probs.grad.double(), share.expand_as(probs), rtol=1e-5, atol=1e-8)
 
 
+@given(st.integers(1, 3), st.integers(1, 4), EXPERTS, st.integers(0, 99))
+def test_load_balancing_loss_of_sequences_is_the_mean_of_theirs(layers, sequences, n_experts, seed):
+    """Per sequence E/(K T) * sum_i c_i * mean_t p_ti; DeepSeek-V3, eq. 17-20, less its alpha."""
+    torch.manual_seed(seed)
+    length, top_k = 5, min(2, n_experts)
+    probs = torch.randn(layers, sequences, length, n_experts).softmax(-1).requires_grad_()
+    ids = probs.topk(top_k).indices
+    counts = torch.nn.functional.one_hot(ids, n_experts).sum((-3, -2))
+    expected = 0.0
+    for layer, sequence, expert in np.ndindex(layers, sequences, n_experts):
+        chosen = sum(row.count(expert) for row in ids[layer, sequence].tolist())
+        f = n_experts / (top_k * length) * chosen
+        p = sum(row[expert] for row in probs[layer, sequence].tolist()) / length
+        expected += f * p / (layers * sequences)
+    loss = load_balancing_loss(counts=counts, probs=probs)
+    assert loss.shape == () and loss.item() == pytest.approx(expected, rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, probs)
+    shares = n_experts * counts / (top_k * length) / (length * layers * sequences)
+    torch.testing.assert_close(gradient, shares.unsqueeze(-2).expand_as(probs))
+
+
+def test_sequences_that_balance_each_other_are_unbalanced_one_by_one():
+    probs = torch.eye(2).repeat_interleave(6, 0)  # one sequence per expert
+    apart, together = probs.view(2, 6, 2), probs
+    counts = torch.tensor([[6, 0], [0, 6]])
+    assert load_balancing_loss(counts=counts, probs=apart).item() == 2
+    assert load_balancing_loss(counts=counts.sum(0), probs=together).item() == 1
+
+
 @given(st.integers(0, 99), EXPERTS)
 def test_router_z_loss_equals_its_sum(seed, n_experts):
     logits, _, _ = random_routing(seed, n_experts)
@@ -84,6 +119,41 @@ def test_bias_steps_raise_the_starved_and_lower_the_crowded(loads, rate):
     assert abs(after.mean().item()) < 1e-6
     pairs = [(a, b) for a in range(len(loads)) for b in range(len(loads))]
     assert all(after[a] > after[b] for a, b in pairs if loads[a] < mean < loads[b])
+
+
+LOADS = st.lists(st.integers(0, 50), min_size=2, max_size=9)
+
+
+@given(LOADS.filter(any), st.floats(1e-4, 0.5), st.integers(0, 99))
+def test_error_steps_are_in_proportion_to_the_relative_error(loads, rate, seed):
+    before = torch.randn(len(loads), generator=torch.Generator().manual_seed(seed))
+    after = updated_expert_bias(bias=before, counts=torch.tensor(loads), rate=rate, rule="error")
+    mean = sum(loads) / len(loads)
+    moved = [
+        b + rate * (mean - load) / mean for b, load in zip(before.tolist(), loads, strict=True)
+    ]
+    centre = sum(moved) / len(moved)
+    np.testing.assert_allclose(after, [b - centre for b in moved], atol=2e-6)
+    more = updated_expert_bias(
+        bias=before, counts=1000 * torch.tensor(loads), rate=rate, rule="error"
+    )
+    torch.testing.assert_close(more, after, rtol=0, atol=2e-6)
+
+
+@given(LOADS.filter(any))
+def test_the_sign_rule_forgets_how_far_off_a_load_is(loads):
+    counts, bias = torch.tensor(loads), torch.zeros(len(loads))
+    signs = updated_expert_bias(bias=bias, counts=counts, rate=0.1)
+    steps = (signs - signs[0]) / 0.1
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["sign", "error"])
+@pytest.mark.parametrize("load", [0, 7])
+def test_an_even_load_moves_no_bias(rule, load):
+    bias = torch.tensor([0.5, -0.5, 0.0])
+    after = updated_expert_bias(bias=bias, counts=torch.full((3,), load), rate=0.1, rule=rule)
+    assert torch.equal(after, bias)
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=1, max_size=4))
@@ -127,3 +197,77 @@ def test_router_entropy_equals_its_sum(seed, n_experts):
     expected = np.mean(-(rows * np.log(rows)).sum(-1)) / np.log(n_experts)
     assert router_entropy(probs).item() == pytest.approx(expected, rel=1e-5)
     assert router_entropy(torch.eye(n_experts)).item() == 0
+
+
+# Mutual information
+
+
+def information_by_hand(joint: list[list[int]]) -> float:
+    """Sum of p log2 p / (p_a p_e) over the pairs that were met."""
+    total = sum(map(sum, joint))
+    rows, columns = (
+        [sum(row) for row in joint],
+        [sum(column) for column in zip(*joint, strict=True)],
+    )
+    return sum(
+        n / total * math.log2(n * total / (rows[a] * columns[e]))
+        for a, row in enumerate(joint)
+        for e, n in enumerate(row)
+        if n
+    )
+
+
+def entropy_by_hand(counts: list[int]) -> float:
+    shares = [n / sum(counts) for n in counts if n]
+    return -sum(p * math.log2(p) for p in shares)
+
+
+TABLES = (
+    st.tuples(st.integers(1, 5), st.integers(1, 5))
+    .flatmap(
+        lambda size: st.lists(
+            st.lists(st.integers(0, 30), min_size=size[1], max_size=size[1]),
+            min_size=size[0],
+            max_size=size[0],
+        )
+    )
+    .filter(lambda table: any(map(any, table)))
+)
+
+
+@given(TABLES)
+def test_mutual_information_equals_its_sum_within_its_bounds(table):
+    value = mutual_information(torch.tensor(table)).item()
+    assert value == pytest.approx(information_by_hand(table), abs=1e-9)
+    by_attribute, by_expert = map(sum, table), map(sum, zip(*table, strict=True))
+    least = min(entropy_by_hand(list(by_attribute)), entropy_by_hand(list(by_expert)))
+    assert -1e-9 <= value <= least + 1e-9
+    swapped = mutual_information(torch.tensor(table).T).item()
+    assert swapped == pytest.approx(value, abs=1e-9), "experts tell as much of the attribute"
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), LOADS.filter(any))
+def test_independent_choices_carry_no_information(attribute, load):
+    joint = torch.tensor([[a * e for e in load] for a in attribute])
+    assert abs(mutual_information(joint).item()) < 1e-9
+
+
+@given(LOADS.filter(any), st.integers(0, 99))
+def test_an_attribute_that_decides_carries_the_loads_entropy(load, seed):
+    experts = np.random.default_rng(seed).permutation(len(load))
+    joint = torch.zeros(len(load), len(load), dtype=torch.int64)
+    for attribute, expert in enumerate(experts):
+        joint[attribute, expert] = load[attribute]
+    expected = entropy_by_hand(load)
+    assert mutual_information(joint).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_mutual_information_of_many_layers_is_that_of_each():
+    torch.manual_seed(0)
+    joint = torch.randint(0, 9, (2, 3, 4, 5))
+    values = mutual_information(joint)
+    assert values.shape == (2, 3)
+    for i, j in np.ndindex(2, 3):
+        assert values[i, j].item() == pytest.approx(information_by_hand(joint[i, j].tolist()))
+    assert mutual_information(torch.zeros(4, 5)).item() == 0, "no tokens, no information"
+    assert mutual_information(torch.tensor([[2**40, 0], [0, 2**40]])).item() == 1

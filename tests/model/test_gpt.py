@@ -20,7 +20,17 @@ KINDS = {
     "loop": {"backend": "loop"},
     "top-1 sigmoid": {"top_k": 1, "score": "sigmoid", "d_expert": 16},
     "shared and bias": {"n_shared_experts": 2, "score": "sigmoid", "bias_update_rate": 0.1},
-}
+    "gated and scaled": {
+        "n_shared_experts": 2, "shared_expert_gate": True, "per_expert_scale": True,
+        "routed_scaling_factor": 2.5,
+    },
+    "groups": {"n_experts": 8, "n_groups": 4, "top_k_groups": 2, "group_score": "top2_sum"},
+    "window": {"router_window": 3},
+    "hash": {"routing": "hash"},
+    "frozen": {"train_router": False},
+    "noise and jitter": {"noisy_top_k": True, "router_jitter": 0.3},
+    "capacity": {"capacity_factor": 0.5},
+}  # fmt: skip
 
 
 @pytest.fixture(params=KINDS)

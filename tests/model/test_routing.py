@@ -1,51 +1,32 @@
-"""The router's contract: ids, weights, probabilities and counts agree, in full precision."""
+"""Who goes where, against plain Python: counts, groups, capacity queues, experts' choice, hashes.
+
+Shapes: B sequences, T time, N = B*T tokens, E experts, K top_k.
+"""
 
 from __future__ import annotations
+
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from nano_moe.model.moe import MoE
-from nano_moe.model.ops import at_least_float32
-from nano_moe.model.router import Router
-from nano_moe.model.routing import count_tokens
-
-
-def router_of(moe_config, **moe) -> Router:
-    torch.manual_seed(0)
-    router = Router(moe_config(moe={"d_expert": 8, **moe}))
-    torch.nn.init.normal_(router.weight)
-    return router
-
-
-@given(
-    st.integers(1, 8).flatmap(lambda e: st.tuples(st.just(e), st.integers(1, e))),
-    st.sampled_from(("softmax", "sigmoid")),
-    st.sampled_from((None, False)),
-    st.integers(1, 30),
+from nano_moe.model.routing import (
+    Routing,
+    count_tokens,
+    drop_overflow,
+    dropped_share,
+    experts_choose,
+    hash_table,
+    limit_to_groups,
 )
-def test_fields_of_a_routing_agree(moe_config, sizes, score, normalize, n_tokens):
-    n_experts, top_k = sizes
-    router = router_of(
-        moe_config, n_experts=n_experts, top_k=top_k, score=score, normalize_top_k=normalize
-    )
-    routing = router(torch.randn(n_tokens, 16))
-    logits = routing.logits.detach().double().numpy()
-    scores = np.exp(logits) if score == "softmax" else 1 / (1 + np.exp(-logits))
-    probs = scores / scores.sum(-1, keepdims=True)
-    if score == "softmax":
-        scores = probs
-    best = np.argsort(-scores, axis=-1, kind="stable")[:, :top_k]
-    assert routing.ids.tolist() == best.tolist()
-    chosen = np.take_along_axis(scores, best, -1)
-    if router.normalize:
-        chosen = chosen / chosen.sum(-1, keepdims=True)
-    np.testing.assert_allclose(routing.weights.detach(), chosen, rtol=2e-5)
-    np.testing.assert_allclose(routing.probs.detach(), probs, rtol=2e-5)
-    assert routing.counts.tolist() == np.bincount(best.ravel(), minlength=n_experts).tolist()
+
+SEEDS = st.integers(0, 999)
+SCORES = ("max", "top2_sum")
 
 
 @given(st.integers(0, 40), st.integers(1, 4), st.integers(1, 9), st.integers(0, 99))
@@ -56,61 +37,182 @@ def test_counts_are_a_histogram(n_tokens, top_k, n_experts, seed):
     assert counts.dtype == torch.int64
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_ties_still_give_distinct_experts_and_even_weights(moe_config, top_k):
-    router = router_of(moe_config, top_k=top_k)
-    torch.nn.init.zeros_(router.weight)
-    routing = router(torch.randn(6, 16))
-    assert all(len(set(row)) == top_k for row in routing.ids.tolist())
-    expected = 1 / 4 if top_k == 1 else 1 / top_k
-    torch.testing.assert_close(routing.weights, torch.full((6, top_k), expected))
+@given(st.integers(0, 9), st.integers(1, 5), SEEDS)
+def test_counts_keep_leading_dimensions(n_choices, n_experts, seed):
+    ids = np.random.default_rng(seed).integers(0, n_experts, (2, 3, n_choices))
+    counts = count_tokens(torch.from_numpy(ids), n_experts)
+    for i, j in np.ndindex(2, 3):
+        assert counts[i, j].tolist() == np.bincount(ids[i, j], minlength=n_experts).tolist()
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_autocast_and_bf16_inputs_leave_routing_in_float32(moe_config, score):
-    router = router_of(moe_config, score=score)
-    x = torch.randn(50, 16)
-    plain = router(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = router(x)
-        from_bf16 = router(x.bfloat16())
-    for name in ("weights", "probs", "logits"):
-        assert getattr(under_autocast, name).dtype == torch.float32
-        assert getattr(from_bf16, name).dtype == torch.float32
-        assert torch.equal(getattr(under_autocast, name), getattr(plain, name))
-    exact = x.bfloat16().double() @ router.weight.double().T
-    torch.testing.assert_close(from_bf16.logits.double(), exact, rtol=1e-5, atol=1e-5)
+# Groups
 
 
-def test_a_bf16_router_still_scores_in_float32(moe_config):
-    router = router_of(moe_config).bfloat16()
-    x = torch.randn(50, 16).bfloat16()
-    routing = router(x)
-    assert routing.logits.dtype == torch.float32
-    exact = x.double() @ router.weight.double().T
-    torch.testing.assert_close(routing.logits.double(), exact, rtol=1e-5, atol=1e-5)
-    assert at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+def best_groups_by_hand(row: list[float], n_groups: int, top_k: int, score: str) -> set[int]:
+    size, best = len(row) // n_groups, {"max": 1, "top2_sum": 2}[score]
+    groups = [sorted(row[g * size : (g + 1) * size], reverse=True) for g in range(n_groups)]
+    return set(sorted(range(n_groups), key=lambda g: -sum(groups[g][:best]))[:top_k])
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("scale", [1e-3, 30.0, 3000.0])
-def test_extreme_logits_keep_probabilities_and_gradients_finite(moe_config, score, scale):
-    router = router_of(moe_config, score=score)
-    x = (torch.randn(20, 16) * scale).requires_grad_()
-    routing = router(x)
-    assert routing.weights.isfinite().all() and routing.probs.isfinite().all()
-    assert (routing.probs.sum(-1) <= 1 + 1e-5).all()
-    gradient = torch.autograd.grad(routing.weights.square().sum() + routing.probs[0, 0], x)[0]
-    assert gradient.isfinite().all()
+@pytest.mark.parametrize("score", SCORES)
+@given(
+    groups=st.integers(1, 4).flatmap(lambda g: st.tuples(st.just(g), st.integers(1, g))),
+    size=st.integers(2, 4),
+    shift=st.sampled_from((-3.0, 0.0)),  # biased scores may all be negative
+    seed=SEEDS,
+)
+def test_experts_outside_of_the_best_groups_are_out(score, groups, size, shift, seed):
+    n_groups, top_k = groups
+    torch.manual_seed(seed)
+    selection = torch.randn(9, n_groups * size) + shift
+    limited = limit_to_groups(selection, n_groups, top_k, score).tolist()
+    for before, after in zip(selection.tolist(), limited, strict=True):
+        best = best_groups_by_hand(before, n_groups, top_k, score)
+        assert after == [
+            value if e // size in best else -math.inf for e, value in enumerate(before)
+        ]
 
 
-def test_a_whole_layer_moves_its_bias_with_it_and_keeps_it_float32(moe_config):
-    moe = MoE(moe_config(moe={"score": "sigmoid", "bias_update_rate": 0.1}))
-    moe.router.expert_bias.copy_(torch.tensor([0.1, -0.3, 1e-4, 0.7]))
-    before = moe.router.expert_bias.clone()
-    for dtype in (torch.bfloat16, torch.float64, torch.float16):
-        moe.to(dtype)
-        assert moe.router.weight.dtype == dtype
-        assert torch.equal(moe.router.expert_bias, before)
-        assert moe.router.expert_bias.dtype == torch.float32
-    assert moe.to("meta").router.expert_bias.device.type == "meta"
+@pytest.mark.parametrize("n_groups", [1, 3])
+@pytest.mark.parametrize("score", SCORES)
+def test_all_groups_are_no_limit(n_groups, score):
+    selection = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(limit_to_groups(selection, n_groups, n_groups, score), selection)
+
+
+# Capacity
+
+
+def routing_of(ids: Tensor, n_experts: int) -> Routing:
+    """A routing of (N, K) ids; capacity looks at nothing else."""
+    nothing = torch.empty(len(ids), n_experts)
+    counts = count_tokens(ids.flatten(), n_experts)
+    return Routing(ids, torch.rand(ids.shape), nothing, nothing, counts)
+
+
+def queue_by_hand(ids: list[list[int]], n_experts: int, factor: float) -> list[list[bool]]:
+    """One sequence: all first choices in order of position, then all second choices, ..."""
+    length, top_k = len(ids), len(ids[0])
+    room = [math.ceil(Fraction(factor) * top_k * length / n_experts)] * n_experts
+    kept = [[False] * top_k for _ in ids]
+    for choice in range(top_k):
+        for position, chosen in enumerate(ids):
+            if room[chosen[choice]] > 0:
+                room[chosen[choice]] -= 1
+                kept[position][choice] = True
+    return kept
+
+
+@st.composite
+def choices(draw) -> tuple[Tensor, int]:
+    """(B, T, K) distinct experts per token, crowded on the first ones or not, and E."""
+    n_experts = draw(st.integers(1, 6))
+    top_k = draw(st.integers(1, n_experts))
+    shape = draw(st.integers(1, 3)), draw(st.integers(1, 12)), n_experts
+    crowding = draw(st.sampled_from((0.0, 1.0, 9.0)))
+    torch.manual_seed(draw(SEEDS))
+    scores = torch.randn(shape) - crowding * torch.arange(n_experts)
+    return scores.topk(top_k, dim=-1).indices, n_experts
+
+
+FACTORS = st.sampled_from((0.01, 0.5, 0.75, 1.0, 1.25, 2.0))
+
+
+@given(choices(), FACTORS)
+def test_overflow_equals_a_queue(made, factor):
+    ids, n_experts = made
+    routing = routing_of(ids.flatten(0, 1), n_experts)
+    dropped = drop_overflow(routing, len(ids), factor)
+    by_hand = [queue_by_hand(sequence, n_experts, factor) for sequence in ids.tolist()]
+    kept = [token for sequence in by_hand for token in sequence]
+    assert dropped.kept.tolist() == kept
+    assert all(now is before for now, before in zip(dropped[:-1], routing[:-1], strict=True))
+    carried_out = sum(map(sum, kept))
+    assert dropped_share(dropped).item() == pytest.approx(1 - carried_out / ids.numel(), abs=1e-6)
+
+
+@given(choices(), FACTORS)
+def test_no_expert_of_a_sequence_is_over_capacity_and_none_drops_below_it(made, factor):
+    ids, n_experts = made
+    n_sequences, length, top_k = ids.shape
+    kept = drop_overflow(routing_of(ids.flatten(0, 1), n_experts), n_sequences, factor).kept
+    capacity = math.ceil(Fraction(factor) * top_k * length / n_experts)
+    for chosen, carried_out in zip(ids, kept.view(ids.shape), strict=True):
+        for expert in range(n_experts):
+            wanted = int((chosen == expert).sum())
+            assert int(carried_out[chosen == expert].sum()) == min(wanted, capacity)
+
+
+@given(choices(), FACTORS)
+def test_a_sequence_alone_drops_what_it_drops_in_a_batch(made, factor):
+    ids, n_experts = made
+    together = drop_overflow(routing_of(ids.flatten(0, 1), n_experts), len(ids), factor).kept
+    alone = [drop_overflow(routing_of(one, n_experts), 1, factor).kept for one in ids]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@given(choices(), st.sampled_from((1.0, 1.5)))
+def test_room_for_every_token_drops_nothing(made, beyond):
+    ids, n_experts = made
+    routing = routing_of(ids.flatten(0, 1), n_experts)
+    factor = beyond * n_experts / ids.shape[-1]
+    dropped = drop_overflow(routing, len(ids), factor)
+    assert dropped.kept.all()
+    assert dropped_share(dropped) == dropped_share(routing) == 0
+
+
+def test_a_late_first_choice_comes_before_an_early_second_choice():
+    ids = torch.tensor([[0, 1], [2, 1], [1, 0], [1, 2]])  # room for 2 of the 4 who want expert 1
+    kept = drop_overflow(routing_of(ids, 4), 1, 1.0).kept
+    assert kept.tolist() == [[True, False], [True, False], [True, True], [True, True]]
+
+
+# Experts choose
+
+
+@given(
+    st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
+    st.integers(1, 5),
+    SEEDS,
+)
+def test_each_expert_takes_its_best_tokens(sizes, n_experts, seed):
+    n_tokens, capacity = sizes
+    torch.manual_seed(seed)
+    scores = torch.rand(n_tokens, n_experts)
+    taken = experts_choose(scores, capacity)
+    for expert in range(n_experts):
+        column = scores[:, expert].tolist()
+        best = sorted(range(n_tokens), key=lambda token: -column[token])[:capacity]
+        assert set(taken[:, expert].nonzero().flatten().tolist()) == set(best)
+
+
+# Hashes
+
+
+@pytest.mark.parametrize(("n_experts", "top_k"), [(8, 1), (8, 2), (6, 6), (1, 1)])
+def test_a_hash_names_distinct_experts_about_equally_often(n_experts, top_k):
+    vocab = 4096
+    table = hash_table(vocab, n_experts, top_k, layer=3)
+    assert table.shape == (vocab, top_k)
+    assert all(len(set(row)) == top_k for row in table.tolist())
+    counts = torch.bincount(table.flatten(), minlength=n_experts).double()
+    share = top_k / n_experts  # of the tokens; each draws for itself
+    assert (counts - vocab * share).abs().max() <= 4.5 * (vocab * share * (1 - share)) ** 0.5
+
+
+def test_a_hash_depends_on_nothing_but_its_sizes_and_layer():
+    tables = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        tables.append(hash_table(64, 8, 2, layer=5))
+        assert torch.equal(torch.get_rng_state(), state), "nothing is drawn from it either"
+    assert torch.equal(*tables)
+
+
+def test_layers_hash_independently():
+    tables = [hash_table(4096, 8, 1, layer) for layer in range(4)]
+    for i, table in enumerate(tables):
+        for other in tables[:i]:
+            agree = (table == other).double().mean().item()
+            assert agree == pytest.approx(1 / 8, abs=4.5 * (7 / 64 / 4096) ** 0.5)
