@@ -158,6 +158,8 @@ class MoEConfig(Section):
                 "the sign rule needs scores of one scale; set score to sigmoid or bias_rule to "
                 "error, or balance with load_balancing_loss",
             )
+        if self.noisy_top_k and not self.train_router:
+            raise FieldFault("noisy_top_k", "its spread is learned; drop it, or train the router")
         self._check_fits_routing()
         if self.init_from is not None:
             self._check_upcycling()

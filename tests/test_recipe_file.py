@@ -329,6 +329,7 @@ def test_an_unknown_domain_lists_the_known_ones():
         "moe.noisy_top_k=true moe.routing=hash moe.load_balancing_loss=0",
         "moe.router_window=2 moe.routing=hash moe.load_balancing_loss=0",
         "moe.train_router=false moe.routing=hash moe.load_balancing_loss=0",
+        "moe.noisy_top_k=true moe.train_router=false",
         "moe.init_from=dense moe.top_k=1",
         "moe.init_from=dense moe.routed_scaling_factor=2.5",
         "moe.init_from=dense moe.n_shared_experts=1",

@@ -55,6 +55,8 @@ class Decoder(L.LightningModule):
             output |= {name: term.detach() for name, term in terms.items()}
             output |= {f"weighted_{name}": term.detach() for name, term in weighted.items()}
             output |= routing_figures(sparse)
+            if self.balancing.moe.capacity_factor is not None:
+                output["dropped_share"] = torch.stack([dropped_share(r) for r in sparse])
         self._step_loss = self._step_loss + loss.detach()
         # The trainer divides "loss" by the accumulation; "total_loss" stays what it is.
         return {"loss": loss, "total_loss": loss.detach(), **output}
@@ -112,14 +114,11 @@ class Decoder(L.LightningModule):
 
 
 def routing_figures(sparse: list[Routing]) -> dict[str, Tensor]:
-    """Counts (L, E), and per layer (L,) the router's entropy and what a capacity dropped."""
-    figures = {
+    """Token counts (L, E) and per layer the router's entropy (L,)."""
+    return {
         "counts": torch.stack([routing.counts for routing in sparse]),
         "router_entropy": torch.stack([router_entropy(r.probs.detach()) for r in sparse]),
     }
-    if any(routing.kept is not None for routing in sparse):
-        figures["dropped_share"] = torch.stack([dropped_share(routing) for routing in sparse])
-    return figures
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
