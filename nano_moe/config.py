@@ -532,6 +532,10 @@ class TrainerConfig(Section):
         default="auto", description="auto: a GPU where there is one"
     )
     compile: bool = Field(default=False, description="torch.compile of the decoder; needs g++")
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="keep only each block's input and compute it again in the backward pass",
+    )
     val_every: int = Field(default=100, ge=1, le=2**31, description="steps between validations")
     save_every: int = Field(
         default=100, ge=1, le=2**31, description="steps between last.ckpt writes"

@@ -304,6 +304,78 @@ def test_t07_mistakes(recipe_of, moe_config, wrong):
         assert_one_bias_step_per_optimizer_step(wrong(recipe_of(moe_config(moe=AUX_FREE))))
 
 
+# T8: activation checkpointing runs a forward pass twice and counts its tokens once
+
+
+def step_with(checkpointing: bool, decoder_type, recipe_of, moe_config) -> tuple[Decoder, dict]:
+    """A decoder after one training step and its bias step, and what the step gave out."""
+    moe = {"score": "sigmoid", "bias_update_rate": 0.1, "bias_rule": "error", "noisy_top_k": True}
+    trainer = {"activation_checkpointing": checkpointing}
+    decoder = decoder_type(recipe_of(moe_config(moe=moe), trainer=trainer))
+    (optimizer,), _ = decoder.configure_optimizers()
+    torch.manual_seed(0)
+    output = decoder.training_step(torch.arange(26).view(2, 13) % 7, 0)
+    output["loss"].backward()
+    decoder.on_before_optimizer_step(optimizer)
+    return decoder, output
+
+
+def assert_checkpointing_changes_nothing(decoder_type, recipe_of, moe_config) -> None:
+    (plain, expected), (checkpointed, output) = (
+        step_with(on, decoder_type, recipe_of, moe_config) for on in (False, True)
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(output[name], value)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(checkpointed.get_parameter(name).grad, parameter.grad)
+    for one, other in zip(plain.model.routers, checkpointed.model.routers, strict=True):
+        assert one.expert_bias.abs().sum() > 0
+        assert torch.equal(one.expert_bias, other.expert_bias)
+
+
+def test_t08_checkpointing_counts_once(recipe_of, moe_config):
+    assert_checkpointing_changes_nothing(Decoder, recipe_of, moe_config)
+
+
+def test_t08_checkpointing_keeps_less_and_runs_twice(recipe_of, moe_config):
+    kept, runs = [], []
+    for on in (False, True):
+        decoder = Decoder(recipe_of(moe_config(), trainer={"activation_checkpointing": on}))
+        runs.append(0)
+
+        def count_run(*_):
+            runs[-1] += 1
+
+        decoder.model.blocks[0].ffn.router.register_forward_hook(count_run)
+        held: dict[int, int] = {}
+
+        def hold(x, held=held):
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
+            output = decoder.training_step(torch.arange(26).view(2, 13), 0)
+        kept.append(sum(held.values()))
+        output["loss"].backward()
+    assert kept[1] < kept[0] / 2
+    assert runs == [1, 2]
+
+
+def test_t08_mistake(recipe_of, moe_config):
+    def add_counts(total, router, args, routing):
+        total += routing.counts
+
+    class CountsInForward(Decoder):
+        def training_step(self, batch, batch_idx):
+            seen = torch.zeros(len(self.model.routers), 4, dtype=torch.int64)
+            for row, router in zip(seen, self.model.routers, strict=True):
+                router.register_forward_hook(partial(add_counts, row))
+            return super().training_step(batch, batch_idx) | {"counts": seen}
+
+    with mistake:
+        assert_checkpointing_changes_nothing(CountsInForward, recipe_of, moe_config)
+
+
 # T9: evaluation leaves no trace
 
 

@@ -10,6 +10,7 @@ import hashlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nano_moe.config import ModelConfig
 from nano_moe.model.attention import Attention, rope_tables
@@ -44,7 +45,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens to next-token logits, and each sparse layer's routing."""
+    """Tokens to next-token logits, and each sparse layer's routing.
+
+    With `activation_checkpointing` a block's inside is computed again in the backward pass. The
+    routing that is returned is that of the first pass alone, so nothing is counted twice.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -52,6 +57,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -78,7 +84,11 @@ class GPT(nn.Module):
         x = self.embedding(tokens)  # (B, T, D)
         routings: list[Routing | None] = []
         for block in self.blocks:
-            x, routing = block(x, tokens, self.cos[:length], self.sin[:length])
+            inputs = (x, tokens, self.cos[:length], self.sin[:length])
+            if self.activation_checkpointing and self.training:
+                x, routing = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x, routing = block(*inputs)
             routings.append(routing)
         return self.head(self.norm(x)), routings
 

@@ -35,6 +35,7 @@ class Decoder(L.LightningModule):
         super().__init__()
         self.recipe = recipe
         self.model = init_weights(GPT(recipe.model), recipe.seed)
+        self.model.activation_checkpointing = recipe.trainer.activation_checkpointing
         self.layers = [i for i in range(recipe.model.n_layers) if recipe.model.is_sparse(i)]
         self.train_flops_per_token = count(recipe).train_flops_per_token
         self.gradient_norms: dict[str, Tensor] = {}
