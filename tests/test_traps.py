@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
