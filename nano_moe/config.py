@@ -358,12 +358,6 @@ class ModelConfig(Section):
             )
 
     def _check_expert_width(self, moe: MoEConfig) -> None:
-        if moe.backend == "grouped" and self.d_model % 8:
-            raise FieldFault(
-                "moe.backend",
-                f"grouped products need d_model divisible by 8, not {self.d_model}; "
-                "set backend to auto",
-            )
         if moe.d_expert is not None:
             if moe.d_expert % 8:
                 raise FieldFault(

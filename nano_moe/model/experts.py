@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from nano_moe.model.ops import ACTIVATIONS, compute_dtype, swiglu
 from nano_moe.model.routing import Routing, count_tokens
 
+ALIGNMENT = 8  # grouped products want rows of whole 16 bytes: 8 numbers of bf16
+
 
 class Experts(nn.Module):
     """E feed-forward networks as two 3-D weights, in the layout of the Hugging Face classes."""
@@ -34,12 +36,11 @@ class Experts(nn.Module):
         return dispatch(x, routing, self.get_parameter(self.first), self.down, self.activation)
 
     def _use_grouped(self, x: Tensor) -> bool:
-        """`auto`: grouped products, except where they cannot run: unaligned rows or float64."""
+        """`auto`: grouped products, except where they cannot run: odd hidden widths, float64."""
         if self.backend != "auto":
             return self.backend == "grouped"
         dtype = compute_dtype(x)
-        rows = self.down.shape[1:]
-        aligned = all(width * dtype.itemsize % 16 == 0 for width in rows)
+        aligned = self.down.shape[-1] % ALIGNMENT == 0
         compiled_fp32 = torch.compiler.is_compiling() and dtype == torch.float32
         return aligned and dtype != torch.float64 and not compiled_fp32
 
@@ -80,7 +81,10 @@ def grouped(
     masked on the way in and out, neither they nor their gradients reach a token.
     """
     n_tokens, top_k = routing.ids.shape
-    n_experts, dtype = first.shape[0], compute_dtype(x)
+    n_experts, width, dtype = first.shape[0], x.shape[-1], compute_dtype(x)
+    if width % ALIGNMENT:
+        added = (0, -width % ALIGNMENT)
+        x, first, down = F.pad(x, added), F.pad(first, added), F.pad(down, (0, 0, *added))
     ids = _carried_out(routing, n_experts).flatten()
     order = ids.argsort(stable=True)  # (N*K,)
     ends = count_tokens(ids, n_experts + 1)[:-1].cumsum(0).to(torch.int32)  # (E,)
@@ -93,7 +97,7 @@ def grouped(
     out = out if beyond is None else out.masked_fill(beyond, 0)
     back = torch.empty_like(order).scatter_(0, order, places)
     per_token = out.index_select(0, back).view(n_tokens, top_k, x.shape[-1])  # (N, K, D)
-    return (per_token * routing.weights.unsqueeze(-1)).sum(1).to(x.dtype)
+    return (per_token * routing.weights.unsqueeze(-1)).sum(1)[:, :width].to(x.dtype)
 
 
 def _carried_out(routing: Routing, n_experts: int) -> Tensor:

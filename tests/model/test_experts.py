@@ -65,7 +65,7 @@ def keep(share: str, like: Tensor) -> Tensor | None:
 def problems(draw) -> Problem:
     """Any sizes, crowding, drops and activation; also the layout in which experts choose."""
     n_experts, n_tokens = draw(st.integers(1, 6)), draw(st.integers(1, 20))
-    width, hidden = (draw(st.sampled_from((8, 16, 24))) for _ in range(2))
+    width, hidden = draw(st.sampled_from((6, 8, 15, 16))), draw(st.sampled_from((8, 16, 24)))
     crowding = draw(st.sampled_from(("random", "one crowd", "first idle", "experts choose")))
     share = draw(st.sampled_from(("all", "some", "none")))
     activation = draw(st.sampled_from(sorted(ACTIVATIONS)))
@@ -250,19 +250,15 @@ def test_swapping_tokens_swaps_rows_and_nothing_else(dispatch, top_k):
     torch.testing.assert_close(swapped, y[order])
 
 
-@pytest.mark.parametrize(
-    ("width", "dtype", "autocast"),
-    [(10, torch.float32, False), (16, torch.float64, False), (12, torch.float32, True)],
-)
-def test_auto_runs_where_grouped_products_cannot(width, dtype, autocast):
+@pytest.mark.parametrize(("hidden", "dtype"), [(10, torch.float32), (8, torch.float64)])
+def test_auto_runs_where_grouped_products_cannot(hidden, dtype):
     torch.manual_seed(2)
-    auto = Experts(3, width, 8, "auto").to(dtype)
+    auto = Experts(3, 16, hidden, "auto").to(dtype)
     for parameter in auto.parameters():
         torch.nn.init.normal_(parameter)
-    x = torch.randn(7, width, dtype=dtype)
+    x = torch.randn(7, 16, dtype=dtype)
     routing = routing_of(choose("random", 7, 3, 2), torch.rand(7, 2, dtype=dtype), 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        assert torch.equal(auto(x, routing), loop(x, routing, auto.gate_up, auto.down))
+    assert torch.equal(auto(x, routing), loop(x, routing, auto.gate_up, auto.down))
 
 
 def test_a_named_backend_is_the_one_that_runs(monkeypatch):

@@ -1,0 +1,63 @@
+"""No scheme waits for the device or makes a shape depend on data: what a GPU and a compiler need.
+
+Under FakeTensorMode tensors have shapes and no values, so `.item()`, `.tolist()`, `nonzero` or a
+boolean index raises.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+from nano_moe.model.moe import MoE
+
+SCHEMES = [
+    {},
+    {"n_groups": 2},
+    {"capacity_factor": 0.5},
+    {"routing": "expert_choice"},
+    {"routing": "hash"},
+    {"router_window": 3, "per_expert_scale": True},
+    {"noisy_top_k": True, "router_jitter": 0.1},
+    {"score": "sigmoid", "bias_update_rate": 0.1},
+    {"n_shared_experts": 1, "shared_expert_gate": True, "d_expert": 8},
+]
+as_id = lambda fields: "-".join(fields) or "plain"  # noqa: E731
+
+
+def forward_and_backward(moe: MoE) -> None:
+    x = torch.randn(2, 6, 16, requires_grad=True)
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, routing = moe(x, tokens)
+    (y * torch.ones_like(y)).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert routing.counts.shape == (4,)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=as_id)
+def test_nothing_looks_at_values(moe_config, scheme):
+    with FakeTensorMode():
+        forward_and_backward(MoE(moe_config(moe={"backend": "grouped", **scheme})))
+
+
+def test_the_reference_loop_does(moe_config):
+    with FakeTensorMode(), pytest.raises(DynamicOutputShapeException):
+        forward_and_backward(MoE(moe_config(moe={"backend": "loop"})))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [{}, {"capacity_factor": 0.5}, {"routing": "hash"}], ids=as_id)
+def test_a_layer_compiles_into_one_graph(moe_config, scheme):
+    torch.manual_seed(0)
+    moe = MoE(moe_config(moe={"backend": "grouped", **scheme})).bfloat16()
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 6, 16, dtype=torch.bfloat16, requires_grad=True)
+    tokens = torch.arange(12).view(2, 6)
+    y, compiled = moe(x, tokens)[0], torch.compile(moe, fullgraph=True)(x, tokens)[0]
+    torch.testing.assert_close(compiled, y, rtol=0.02, atol=0.03)
+    direction = torch.randn_like(y)
+    pair = [torch.autograd.grad(one, x, direction)[0] for one in (compiled, y)]
+    torch.testing.assert_close(*pair, rtol=0.02, atol=0.06)
