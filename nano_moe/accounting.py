@@ -24,7 +24,7 @@ STORED_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}  # per weigh
 class WeightGroup(NamedTuple):
     """Weights of one shape and role, over the whole model."""
 
-    kind: str  # embedding, attention, norm, ffn, router, experts, shared_experts, head
+    kind: str  # embedding, attention, norm, ffn, router, experts, shared_experts, head, bias
     name: str
     shape: tuple[int, ...]
     copies: int  # stored

@@ -55,6 +55,7 @@ def compare(runs: list[Run]) -> dict[str, Any]:
             "seed": manifest.get("seed"),
             "corpus": str(manifest.get("corpus", {}).get("sha256", ""))[:12],
             "parameters": manifest.get("parameters", {}),
+            "init_from": manifest.get("init_from"),
             "final": {"ce": curve.ce[-1], "bpb": curve.bpb[-1]},
         }
         for budget in BUDGETS:

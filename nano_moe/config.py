@@ -152,6 +152,10 @@ class MoEConfig(Section):
             raise FieldFault(
                 "shared_expert_gate", "there is nothing to gate; set n_shared_experts, or drop it"
             )
+        if self.bias_rule != "sign" and self.bias_update_rate == 0:
+            raise FieldFault(
+                "bias_rule", "there is no bias to move; set bias_update_rate, or drop it"
+            )
         if self.bias_update_rate > 0 and self.score == "softmax" and self.bias_rule == "sign":
             raise FieldFault(
                 "bias_update_rate",
@@ -198,6 +202,10 @@ class MoEConfig(Section):
                 f"{self.top_k_groups} groups of {size} experts are fewer than top_k={self.top_k}; "
                 "raise it",
             )
+        if self.group_score != "max" and self.n_groups == 1:
+            raise FieldFault(
+                "group_score", "there are no groups to score; set n_groups, or drop it"
+            )
         if self.group_score == "top2_sum" and size < 2:
             raise FieldFault(
                 "group_score", f"top2_sum needs two experts in a group, not {size}; set it to max"
@@ -209,6 +217,7 @@ class MoEConfig(Section):
             "n_groups": self.n_groups > 1,
             "bias_update_rate": self.bias_update_rate > 0,
             "load_balancing_loss": self.load_balancing_loss > 0,
+            "balance_scope": self.balance_scope != "micro_batch",
             "normalize_top_k": self.normalize_top_k is not None,
         }
         unused = {
@@ -229,11 +238,13 @@ class MoEConfig(Section):
                 raise FieldFault(field, f"has no effect with routing={self.routing}; remove it")
 
     def _check_upcycling(self) -> None:
-        if self.routing == "expert_choice" or not self.weights_sum_to_one:
+        drops = self.routing == "expert_choice" or self.capacity_factor is not None
+        if drops or not self.weights_sum_to_one:
             raise FieldFault(
                 "init_from",
                 "goes on from the dense loss only where a token's weights sum to 1; set top_k to "
-                "2 or more, normalized, with routed_scaling_factor 1 and no expert_choice",
+                "2 or more, normalized, with routed_scaling_factor 1, no capacity_factor and no "
+                "expert_choice",
             )
         if self.n_shared_experts:
             raise FieldFault(
@@ -247,8 +258,9 @@ class MoEConfig(Section):
 
     @property
     def weights_sum_to_one(self) -> bool:
-        fixed = self.routing == "hash" or self.normalizes or self.n_experts == 1
-        return fixed and self.routed_scaling_factor == 1
+        alone = self.n_experts == 1 and self.score == "softmax"
+        sums = alone or self.normalizes or self.routing == "hash"
+        return sums and self.routed_scaling_factor == 1
 
     @property
     def n_active(self) -> int:
@@ -350,6 +362,11 @@ class ModelConfig(Section):
             )
 
     def _check_sparse_layers(self, moe: MoEConfig) -> None:
+        if moe.router_window > self.context:
+            raise FieldFault(
+                "moe.router_window",
+                f"{moe.router_window} positions are more than context={self.context}; lower it",
+            )
         if not any(moe.is_sparse(layer) for layer in range(self.n_layers)):
             raise FieldFault(
                 "moe.first_k_dense" if moe.first_k_dense else "moe.every_n_layers",
@@ -400,7 +417,7 @@ class ModelConfig(Section):
 
     @property
     def is_causal(self) -> bool:
-        """Whether a logit depends on its past alone: not where experts choose among all tokens."""
+        """Whether, in evaluation, a logit depends on its past alone: not where experts choose."""
         return self.moe is None or self.moe.routing != "expert_choice"
 
     def check_causal(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nano_moe.model.balance import load_statistics, mutual_information, router_entropy
 from nano_moe.model.gpt import GPT, cross_entropy
-from nano_moe.model.routing import Routing, count_tokens
+from nano_moe.model.routing import Routing
 from nano_moe.text.store import Corpus
 from nano_moe.text.windows import EvalWindows
 
@@ -83,8 +83,10 @@ class RoutingTally:
             entropy = router_entropy(routing.probs.detach()) * inputs.numel()
             self.entropy[layer] = self.entropy.get(layer, 0) + entropy
             for name, values in attributes.items():
-                met = joint_counts(values, routing, self.sizes[name])
-                self.joint[layer, name] = self.joint.get((layer, name), 0) + met
+                if (layer, name) not in self.joint:
+                    shape = (self.sizes[name], routing.counts.shape[0])
+                    self.joint[layer, name] = torch.zeros(shape, dtype=torch.int64).to(values)
+                count_pairs(self.joint[layer, name], values, routing.ids)
         self.tokens += inputs.numel()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -106,11 +108,10 @@ class RoutingTally:
         }
 
 
-def joint_counts(values: Tensor, routing: Routing, n_values: int) -> Tensor:
-    """How often a token of each attribute value chose each expert: (N,) values to (A, E)."""
-    n_experts = routing.counts.shape[0]
-    pairs = values.unsqueeze(-1) * n_experts + routing.ids  # (N, K)
-    return count_tokens(pairs.flatten(), n_values * n_experts).view(n_values, n_experts)
+def count_pairs(table: Tensor, values: Tensor, ids: Tensor) -> None:
+    """Add to (A, E) how often a token of each attribute value, (N,), chose each expert, (N, K)."""
+    pairs = (values.unsqueeze(-1) * table.shape[1] + ids).flatten()
+    table.view(-1).scatter_add_(0, pairs, torch.ones_like(pairs))
 
 
 @torch.no_grad()

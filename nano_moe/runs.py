@@ -22,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from nano_moe import recipe_file
 from nano_moe.accounting import count
 from nano_moe.config import Recipe
@@ -227,8 +229,13 @@ def check_corpus(run: Run, corpus: Corpus) -> None:
 
 def check_recipe(run: Run, recipe: Recipe, checkpoint: dict[str, Any]) -> None:
     """Raises UserError where the recipe is not the one that the checkpoint was trained with."""
-    stored, now = checkpoint["nano_moe"]["recipe"], recipe.model_dump(mode="json")
-    changed = first_difference(stored, now)
+    try:  # fields that came after the checkpoint was written take their defaults
+        begun = Recipe.model_validate(checkpoint["nano_moe"]["recipe"])
+    except (KeyError, ValidationError) as error:
+        raise UserError(
+            f"{run.last}: its recipe is none of this version; go on with the version that began it"
+        ) from error
+    changed = first_difference(begun.model_dump(), recipe.model_dump())
     if changed is not None:
         raise UserError(
             f"{run.recipe_file}: {changed} was changed since {run.last} was written; resume goes "

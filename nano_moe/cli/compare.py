@@ -44,5 +44,12 @@ def _print(compared: dict[str, Any]) -> None:
         final = [figure(row["final"]["ce"]), figure(row["final"]["bpb"])]
         rows.append((row["run"], *totals, *final, *at))
     print_table("", header, rows)
+    for row in compared["runs"]:
+        source = row["init_from"]
+        if source is not None:
+            print(
+                f"{row['run']} starts from the weights of {source['run']}, whose "
+                f"{si(source['tokens'])} tokens and {si(source['flops'])}FLOP are not counted."
+            )
     if len({row["corpus"] for row in compared["runs"]}) > 1:
         print("These runs were trained on different text: their losses do not compare.")

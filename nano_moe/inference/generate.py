@@ -6,7 +6,8 @@ Shapes: T time, V vocabulary.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,7 +39,6 @@ def next_token_probabilities(
     return torch.zeros_like(logits).index_copy_(0, order, ranked / ranked.sum())
 
 
-@torch.no_grad()
 def generate(
     model: GPT,
     tokenizer: Tokenizer,
@@ -56,6 +56,21 @@ def generate(
     UserError for a model that sees the future.
     """
     model.config.check_causal()
+    shape = functools.partial(
+        next_token_probabilities, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    return _pieces(model, tokenizer, prompt, max_tokens, shape, seed)
+
+
+@torch.no_grad()
+def _pieces(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_tokens: int,
+    probabilities_of: Callable[[Tensor], Tensor],
+    seed: int,
+) -> Iterator[str]:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     ids = [tokenizer.end_id, *(int(i) for i in tokenizer.encode(prompt))]
@@ -63,10 +78,7 @@ def generate(
     for _ in range(max_tokens):
         window = torch.tensor([ids[-model.config.context :]], device=device)
         logits = model(window)[0][0, -1, : tokenizer.n_vocab].cpu()
-        probabilities = next_token_probabilities(
-            logits, temperature=temperature, top_k=top_k, top_p=top_p
-        )
-        token = int(torch.multinomial(probabilities, 1, generator=generator))
+        token = int(torch.multinomial(probabilities_of(logits), 1, generator=generator))
         if token == tokenizer.end_id:
             break
         ids.append(token)

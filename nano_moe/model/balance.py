@@ -17,7 +17,7 @@ def load_balancing_loss(*, counts: Tensor, probs: Tensor) -> Tensor:
     f_i is the share of all N*K assignments that expert i got, so the floor is 1 for every top_k;
     it is a count and carries no gradient. P_i is the mean full probability of expert i.
     counts (..., E), probs (..., N, E); scalar, the mean over leading dimensions: with one row per
-    sequence it is the sequence-wise loss (DeepSeek-V3 2024, eq. 17-20, with our floor), with the
+    sequence it is the sequence-wise loss (DeepSeek-V3 2024, eq. 17-20), with the
     counts of a whole step the global-batch loss (Qiu et al. 2025). Fedus et al. 2021
     (Switch), eq. 4-6.
     """

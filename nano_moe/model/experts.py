@@ -24,16 +24,18 @@ class Experts(nn.Module):
         self, n_experts: int, d_model: int, hidden: int, backend: str, activation: str = "swiglu"
     ):
         super().__init__()
-        self.activation, self.first = ACTIVATIONS[activation]
-        width = 2 * hidden if self.first == "gate_up" else hidden
-        first = nn.Parameter(torch.empty(n_experts, width, d_model))
-        self.register_parameter(self.first, first)  # (E, 2F, D), or (E, F, D) without a gate
+        self.activation, self.gated = ACTIVATIONS[activation], activation == "swiglu"
+        if self.gated:
+            self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * hidden, d_model))  # (E, 2F, D)
+        else:
+            self.up = nn.Parameter(torch.empty(n_experts, hidden, d_model))  # (E, F, D)
         self.down = nn.Parameter(torch.empty(n_experts, d_model, hidden))  # (E, D, F)
         self.backend = backend
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:  # (N, D) -> (N, D)
         dispatch = grouped if self._use_grouped(x) else loop
-        return dispatch(x, routing, self.get_parameter(self.first), self.down, self.activation)
+        first = self.gate_up if self.gated else self.up
+        return dispatch(x, routing, first, self.down, self.activation)
 
     def _use_grouped(self, x: Tensor) -> bool:
         """`auto`: grouped products, except where they cannot run: odd hidden widths, float64."""

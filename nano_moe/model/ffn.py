@@ -5,9 +5,10 @@ Shapes: D d_model, F hidden width; `...` any leading dimensions.
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nano_moe.model.ops import ACTIVATIONS
+from nano_moe.model.ops import swiglu
 
 
 class FFN(nn.Module):
@@ -18,11 +19,14 @@ class FFN(nn.Module):
 
     def __init__(self, d_model: int, hidden: int, activation: str = "swiglu"):
         super().__init__()
-        self.activation, self.first = ACTIVATIONS[activation]
-        width = 2 * hidden if self.first == "gate_up" else hidden
-        self.add_module(self.first, nn.Linear(d_model, width, bias=False))  # (2F or F, D)
+        self.gated = activation == "swiglu"
+        if self.gated:
+            self.gate_up = nn.Linear(d_model, 2 * hidden, bias=False)  # weight (2F, D)
+        else:
+            self.up = nn.Linear(d_model, hidden, bias=False)  # weight (F, D)
         self.down = nn.Linear(hidden, d_model, bias=False)  # weight (D, F)
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, None]:
         """(..., D) to (..., D); tokens are taken for the sparse layer's sake and not looked at."""
-        return self.down(self.activation(self.get_submodule(self.first)(x))), None
+        hidden = swiglu(self.gate_up(x)) if self.gated else F.gelu(self.up(x))
+        return self.down(hidden), None

@@ -25,32 +25,27 @@ class LatentAttention(nn.Module):
         super().__init__()
         mla, width = config.mla, config.d_model
         assert mla is not None
-        self.n_heads = config.n_heads
-        self.nope, self.rope, self.value = (
-            mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim,
-        )  # fmt: skip
-        self.latent = mla.kv_lora_rank
-        queries = self.n_heads * (self.nope + self.rope)
-        self.q_proj: nn.Module
+        self.n_heads, self.mla = config.n_heads, mla
+        queries = self.n_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
         if mla.q_lora_rank is None:
             self.q_proj = nn.Linear(width, queries, bias=False)
         else:
             self.q_a_proj = nn.Linear(width, mla.q_lora_rank, bias=False)
             self.q_a_norm = RMSNorm(mla.q_lora_rank, config.norm_eps)
             self.q_b_proj = nn.Linear(mla.q_lora_rank, queries, bias=False)
-        self.compresses_queries = mla.q_lora_rank is not None
-        self.kv_a_proj = nn.Linear(width, self.latent + self.rope, bias=False)
-        self.kv_a_norm = RMSNorm(self.latent, config.norm_eps)
-        keys_values = self.n_heads * (self.nope + self.value)
-        self.kv_b_proj = nn.Linear(self.latent, keys_values, bias=False)
-        self.o_proj = nn.Linear(self.n_heads * self.value, width, bias=False)
+        self.kv_a_proj = nn.Linear(width, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=False)
+        self.kv_a_norm = RMSNorm(mla.kv_lora_rank, config.norm_eps)
+        keys_values = self.n_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        self.kv_b_proj = nn.Linear(mla.kv_lora_rank, keys_values, bias=False)
+        self.o_proj = nn.Linear(self.n_heads * mla.v_head_dim, width, bias=False)
 
     def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # -> (B, H, T, C + R)
-        if self.compresses_queries:
-            q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
-        else:
+        if self.mla.q_lora_rank is None:
             q = self.q_proj(x)
-        nope, rope = self._heads(q).split([self.nope, self.rope], dim=-1)
+        else:
+            q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        widths = [self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim]
+        nope, rope = self._heads(q).split(widths, dim=-1)
         return torch.cat([nope, rotate(rope, cos, sin)], dim=-1)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -58,10 +53,12 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         q = self._queries(x, cos, sin)
-        latent, rope = self.kv_a_proj(x).split([self.latent, self.rope], dim=-1)
+        mla = self.mla
+        widths = [mla.kv_lora_rank, mla.qk_rope_head_dim]
+        latent, rope = self.kv_a_proj(x).split(widths, dim=-1)
         rope = rotate(rope.unsqueeze(1), cos, sin)  # (B, 1, T, R)
         keys_values = self._heads(self.kv_b_proj(self.kv_a_norm(latent)))  # (B, H, T, C + V)
-        nope, v = keys_values.split([self.nope, self.value], dim=-1)
+        nope, v = keys_values.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=-1)
         k = torch.cat([nope, rope.expand(*nope.shape[:-1], -1)], dim=-1)
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).flatten(-2))

@@ -33,12 +33,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-# By name: what is applied, and what the weight before it is called. SwiGLU's is fused and twice
-# as wide.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "swiglu": (swiglu, "gate_up"),
-    "gelu": (F.gelu, "up"),
-}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "gelu": F.gelu}
 
 
 class RMSNorm(nn.Module):

@@ -121,7 +121,8 @@ class ExpertChoiceRouter(Router):
     """Experts take their favourite tokens: balanced by design, and it sees the future.
 
     Every expert takes N*K/E tokens of the batch. A demonstration: its training loss is no
-    language-modelling loss, and evaluation and sampling refuse it. Zhou et al. 2022, sec. 3.2.
+    language-modelling loss, and evaluation and sampling refuse it. All N*E pairs are laid out, so
+    it takes E/K times the memory that it needs. Zhou et al. 2022, sec. 3.2.
     """
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Routing:  # (B, T, D)

@@ -6,6 +6,7 @@ Shapes: B sequences, T time, N = B*T tokens, E experts, K top_k, G groups.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,8 @@ def drop_overflow(routing: Routing, n_sequences: int, capacity_factor: float) ->
     """
     n_tokens, top_k = routing.ids.shape
     n_experts, length = routing.counts.shape[0], n_tokens // n_sequences
-    capacity = math.ceil(capacity_factor * top_k * length / n_experts)
+    share = Fraction(str(capacity_factor))  # as written: 1.1 * 100 in floats is above 110
+    capacity = math.ceil(share * top_k * length / n_experts)
     queues = routing.ids.view(n_sequences, length, top_k).mT.flatten(1)  # (B, K*T)
     order = queues.argsort(dim=-1, stable=True)
     counts = count_tokens(queues, n_experts)  # (B, E)
@@ -109,8 +111,11 @@ def dropped_share(routing: Routing) -> Tensor:
 def hash_table(vocab_size: int, n_experts: int, top_k: int, layer: int) -> Tensor:
     """K distinct experts per token id, drawn once and for all: (V, K) int64.
 
-    Roller et al. 2021 (Hash Layers), random hash; each layer has a hash of its own.
+    Roller et al. 2021 (Hash Layers), random hash; each layer has a hash of its own, the same in
+    every run.
     """
+    if torch.get_default_device().type == "meta":
+        return torch.empty(vocab_size, top_k, dtype=torch.int64)
     generator = torch.Generator().manual_seed(layer)
     draws = torch.rand(vocab_size, n_experts, generator=generator, device="cpu")
     return draws.topk(top_k, dim=-1).indices

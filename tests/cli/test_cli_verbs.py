@@ -246,3 +246,5 @@ def test_a_sparse_run_starts_from_a_dense_one(shop):
     moe = ["model.moe.init_from=dense", "model.moe.d_expert=64", "trainer.steps=1"]
     on = shop.json("train", "tiny.yaml", *moe, "optim.lr=1e-9", "--name", "on")
     assert on["ce"] == pytest.approx(dense["ce"], abs=1e-3)
+    _, out, _ = shop.run("compare", "dense", "on")
+    assert "on starts from the weights of dense, whose" in out and "are not counted" in out

@@ -91,7 +91,7 @@ def brute_force(x, routing, first, down, activation) -> Tensor:
     weights = routing.weights if routing.kept is None else routing.weights * routing.kept
     gates = torch.zeros(len(x), len(first), dtype=x.dtype).scatter(1, routing.ids, weights)
     hidden = torch.einsum("nd,efd->nef", x, first)
-    if activation is ACTIVATIONS["gelu"][0]:
+    if activation is ACTIVATIONS["gelu"]:
         hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
     else:
         gate, up = hidden.tensor_split(2, dim=-1)
@@ -106,7 +106,7 @@ def run(dispatch, problem: Problem) -> list[Tensor]:
         for name in ("x", "weights", "first", "down")
     ]
     routing = routing_of(problem.ids, weights, len(first), problem.kept)
-    y = dispatch(x, routing, first, down, ACTIVATIONS[problem.activation][0])
+    y = dispatch(x, routing, first, down, ACTIVATIONS[problem.activation])
     direction = torch.linspace(-1, 1, y.numel()).view_as(y)
     return [y.detach(), *torch.autograd.grad((y * direction.to(y.dtype)).sum(), leaves)]
 

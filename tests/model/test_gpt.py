@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nano_moe.config import FieldFault
+from nano_moe.config import FieldFault, MLAConfig, ModelConfig
 from nano_moe.model.balance import load_balancing_loss, router_z_loss
 from nano_moe.model.ffn import FFN
 from nano_moe.model.gpt import cross_entropy
 from nano_moe.model.moe import MoE
 
+LATENT = {
+    "mla": MLAConfig(kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=8),
+    "n_kv_heads": None,
+}
 KINDS = {
     "dense": None,
     "top-2": {},  # grouped in float32, the loop in float64
@@ -27,7 +31,8 @@ KINDS = {
     "groups": {"n_experts": 8, "n_groups": 4, "top_k_groups": 2, "group_score": "top2_sum"},
     "window": {"router_window": 3},
     "hash": {"routing": "hash"},
-    "frozen": {"train_router": False},
+    "latent": LATENT,
+    "gelu": {"activation": "gelu"},
     "noise and jitter": {"noisy_top_k": True, "router_jitter": 0.3},
     "capacity": {"capacity_factor": 0.5},
 }  # fmt: skip
@@ -36,7 +41,11 @@ KINDS = {
 @pytest.fixture(params=KINDS)
 def model(request, dense_config, moe_config, build):
     moe = KINDS[request.param]
-    return build(dense_config() if moe is None else moe_config(moe=moe)).eval()
+    if moe is None:
+        return build(dense_config()).eval()
+    of_model = {key: moe[key] for key in moe.keys() & ModelConfig.model_fields.keys()}
+    of_moe = {key: moe[key] for key in moe.keys() - of_model.keys()}
+    return build(moe_config(moe=of_moe, **of_model)).eval()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nano_moe.config import MLAConfig
 from nano_moe.model.gpt import GPT, init_weights
 
 
@@ -89,6 +90,25 @@ def test_every_weight_has_its_std_and_norms_are_one(moe_config):
             per_expert = weight.flatten(1).std(-1)
             assert (per_expert / std - 1).abs().max() < 5 / (2 * weight[0].numel()) ** 0.5
             assert not any(torch.equal(weight[0], other) for other in weight[1:])
+
+
+def test_scales_start_at_one_and_noise_at_zero_and_all_else_is_drawn(moe_config, build):
+    moe = {"noisy_top_k": True, "per_expert_scale": True, "router_window": 2, "d_expert": 64}
+    moe |= {"n_shared_experts": 1, "shared_expert_gate": True}
+    mla = MLAConfig(
+        kv_lora_rank=32, q_lora_rank=48, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24
+    )
+    fields = {"d_model": 64, "d_ff": 256, "mla": mla, "n_kv_heads": None, "activation": "gelu"}
+    model = build(moe_config(moe=moe, init_std=0.05, **fields))
+    for name, weight in named(model).items():
+        if "norm" in name or name.endswith("router.scale"):
+            assert torch.equal(weight, torch.ones_like(weight)), name
+        elif name.endswith("router.noise"):
+            assert not weight.any(), name
+        else:
+            residual = name.endswith(("o_proj.weight", "down", "down.weight"))
+            std, few = 0.05 / 2 if residual else 0.05, 4 / (2 * weight.numel()) ** 0.5
+            assert weight.std().item() == pytest.approx(std, rel=few), name
 
 
 def test_initial_loss_is_that_of_a_uniform_guess(moe_config, build):

@@ -85,15 +85,16 @@ def weights_by_hand(router, config: MoEConfig, x: list[float]) -> dict[int, floa
 
 def moe_by_hand(moe: MoE, config: ModelConfig, x: list[float]) -> list[float]:
     """One token through the layer in plain Python floats."""
-    first, down = moe.experts.get_parameter(moe.experts.first).tolist(), moe.experts.down.tolist()
+    name = "gate_up" if config.activation == "swiglu" else "up"
+    first, down = moe.experts.get_parameter(name).tolist(), moe.experts.down.tolist()
     weights = weights_by_hand(moe.router, config.moe, x)
     outs = [(g, first[e], down[e]) for e, g in weights.items()]
     if moe.shared is not None:
-        shared = {name: weight.tolist() for name, weight in moe.shared.named_parameters()}
+        shared = {key: weight.tolist() for key, weight in moe.shared.named_parameters()}
         gate = 1.0
         if moe.shared_gate is not None:
             gate = 1 / (1 + math.exp(-dot(moe.shared_gate.weight[0].tolist(), x)))
-        outs.append((gate, shared[f"{moe.shared.first}.weight"], shared["down.weight"]))
+        outs.append((gate, shared[f"{name}.weight"], shared["down.weight"]))
     parts = [[g * v for v in ffn_by_hand(f, d, x, config.activation)] for g, f, d in outs]
     return [sum(column) for column in zip(*parts, strict=True)]
 

@@ -211,7 +211,7 @@ def test_weights_of_hugging_face_do_the_same_in_our_decoder(case, seed):
 
 # What the cases claim to compare: a case, and the fields that take it out of our decoder.
 SWITCHES = {
-    "groups": ("deepseek_v3", {"n_groups": 1, "top_k_groups": 1}),
+    "groups": ("deepseek_v3", {"n_groups": 1, "top_k_groups": 1, "group_score": "max"}),
     "group score": ("deepseek_v3", {"group_score": "max"}),
     "selection bias": ("glm4_moe", {"bias_update_rate": 0.0}),
     "scaling factor": ("glm4_moe", {"routed_scaling_factor": 1.0}),

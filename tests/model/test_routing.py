@@ -93,7 +93,7 @@ def routing_of(ids: Tensor, n_experts: int) -> Routing:
 def queue_by_hand(ids: list[list[int]], n_experts: int, factor: float) -> list[list[bool]]:
     """One sequence: all first choices in order of position, then all second choices, ..."""
     length, top_k = len(ids), len(ids[0])
-    room = [math.ceil(Fraction(factor) * top_k * length / n_experts)] * n_experts
+    room = [math.ceil(Fraction(str(factor)) * top_k * length / n_experts)] * n_experts
     kept = [[False] * top_k for _ in ids]
     for choice in range(top_k):
         for position, chosen in enumerate(ids):
@@ -115,7 +115,7 @@ def choices(draw) -> tuple[Tensor, int]:
     return scores.topk(top_k, dim=-1).indices, n_experts
 
 
-FACTORS = st.sampled_from((0.01, 0.5, 0.75, 1.0, 1.25, 2.0))
+FACTORS = st.sampled_from((0.01, 0.5, 0.75, 1.0, 1.1, 1.25, 2.0))
 
 
 @given(choices(), FACTORS)
@@ -136,7 +136,7 @@ def test_no_expert_of_a_sequence_is_over_capacity_and_none_drops_below_it(made, 
     ids, n_experts = made
     n_sequences, length, top_k = ids.shape
     kept = drop_overflow(routing_of(ids.flatten(0, 1), n_experts), n_sequences, factor).kept
-    capacity = math.ceil(Fraction(factor) * top_k * length / n_experts)
+    capacity = math.ceil(Fraction(str(factor)) * top_k * length / n_experts)
     for chosen, carried_out in zip(ids, kept.view(ids.shape), strict=True):
         for expert in range(n_experts):
             wanted = int((chosen == expert).sum())
@@ -159,6 +159,12 @@ def test_room_for_every_token_drops_nothing(made, beyond):
     dropped = drop_overflow(routing, len(ids), factor)
     assert dropped.kept.all()
     assert dropped_share(dropped) == dropped_share(routing) == 0
+
+
+def test_a_capacity_is_that_of_the_factor_as_written():
+    """In floats 1.1 * 100 is above 110, and its ceiling 111."""
+    kept = drop_overflow(routing_of(torch.zeros(200, 1, dtype=torch.int64), 2), 1, 1.1).kept
+    assert int(kept.sum()) == 110
 
 
 def test_a_late_first_choice_comes_before_an_early_second_choice():

@@ -32,6 +32,19 @@ KINDS: dict[str, dict[str, Any] | None] = {
         "bias_update_rate": 0.01,
         "first_k_dense": 1,
     },
+    "schemes": {  # what draws, drops, looks back and sums over a step
+        "n_experts": 4,
+        "top_k": 2,
+        "noisy_top_k": True,
+        "router_jitter": 0.1,
+        "capacity_factor": 1.0,
+        "router_window": 2,
+        "per_expert_scale": True,
+        "load_balancing_loss": 0.01,
+        "balance_scope": "global_batch",
+    },
+    "hash": {"n_experts": 4, "top_k": 2, "routing": "hash"},
+    "experts choose": {"n_experts": 4, "top_k": 2, "routing": "expert_choice"},
 }
 CLOCK = {"seconds", "row_seconds"}
 

@@ -15,7 +15,7 @@ def losses(run) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("kind", ["dense", "softmax"])
+@pytest.mark.parametrize("kind", ["dense", "softmax", "hash"])
 def test_compiled_training_has_the_losses_of_eager_training(workshop, kind):
     runs = {}
     for compiled in (False, True):

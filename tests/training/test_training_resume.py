@@ -33,6 +33,8 @@ def assert_same_course(workshop, broken, whole):
         ("softmax", 2, [4, 9]),
         ("sigmoid", 1, [2, 11]),
         ("sigmoid", 2, [7]),
+        ("schemes", 2, [5]),
+        ("hash", 1, [3]),
     ],
 )
 def test_a_run_stopped_by_signals_and_resumed_equals_an_uninterrupted_one(
@@ -61,7 +63,7 @@ def test_a_run_stopped_by_signals_and_resumed_equals_an_uninterrupted_one(
 
 
 def test_random_draws_of_a_step_go_on_where_they_were(workshop, monkeypatch):
-    """Nothing draws in a step today; what will (dropout, router noise) must resume bitwise too."""
+    """Whatever a step draws (router noise, jitter) goes on bitwise."""
     draws, original = [], Decoder.training_step
 
     def training_step(decoder, batch, batch_idx):
@@ -198,6 +200,28 @@ def test_resume_refuses_a_recipe_that_was_changed_and_touches_nothing(workshop):
     run.recipe_file.write_text(re.sub(r"\n  lr: .*", "\n  lr: 0.5", text))
     before = {path.name: path.read_bytes() for path in run.path.iterdir()}
     with pytest.raises(UserError, match=r"optim\.lr was changed since"):
+        workshop.resume(run)
+    assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
+
+
+def test_a_run_begun_before_a_field_existed_resumes_with_its_default(workshop):
+    workshop.signal_at(3)
+    run, _ = workshop.train(workshop.recipe("softmax", trainer__steps=6), "run")
+    checkpoint = workshop.checkpoint(run.last)
+    del checkpoint["nano_moe"]["recipe"]["model"]["activation"]
+    del checkpoint["nano_moe"]["recipe"]["model"]["moe"]["n_groups"]
+    torch.save(checkpoint, run.last)
+    assert workshop.resume(run).step == 6
+
+
+def test_resume_refuses_a_recipe_of_another_version_and_touches_nothing(workshop):
+    workshop.signal_at(3)
+    run, _ = workshop.train(workshop.recipe("softmax", trainer__steps=6), "run")
+    checkpoint = workshop.checkpoint(run.last)
+    checkpoint["nano_moe"]["recipe"]["model"]["of_a_later_version"] = 1
+    torch.save(checkpoint, run.last)
+    before = {path.name: path.read_bytes() for path in run.path.iterdir()}
+    with pytest.raises(UserError, match="none of this version"):
         workshop.resume(run)
     assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
 

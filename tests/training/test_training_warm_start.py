@@ -66,7 +66,22 @@ def test_training_goes_on_from_the_dense_runs_loss(workshop):
     scratch = evaluate(fresh, corpus, batch_size=4, precision="fp32").overall.ce
     assert first.evaluation.overall.ce < scratch - 1
     _, later = workshop.train(upcycled(workshop, trainer__steps=40), "later")
+    moe = {"n_experts": 4, "top_k": 2, "d_expert": 64}
+    _, from_scratch = workshop.train(
+        workshop.recipe("softmax", model__moe=moe, trainer__steps=40), "scratch"
+    )
     assert later.evaluation.overall.ce < result.evaluation.overall.ce
+    assert later.evaluation.overall.ce < from_scratch.evaluation.overall.ce
+
+
+def test_the_manifest_says_what_the_weights_had_cost(workshop):
+    dense, _ = workshop.train(workshop.recipe("dense"), "dense")
+    run, _ = workshop.train(upcycled(workshop), "on")
+    step = workshop.checkpoint(dense.best)["global_step"]
+    tokens = step * 4 * 16
+    flops = tokens * dense.manifest()["train_flops_per_token"]
+    found = run.manifest()["init_from"]
+    assert found == {"run": "dense", "step": step, "tokens": tokens, "flops": flops}
 
 
 def test_an_upcycled_run_resumes_and_loads_without_its_source(workshop):
