@@ -23,6 +23,7 @@ from nano_moe.accounting import (
     weight_groups,
 )
 from nano_moe.config import ModelConfig
+from nano_moe.errors import UserError
 from nano_moe.model.experts import Experts
 from nano_moe.model.gpt import GPT
 from nano_moe.published import Published
@@ -64,8 +65,11 @@ def census(published: Published) -> Census:
 
 def count_built(model: ModelConfig) -> tuple[int, int]:
     """All parameters of the built decoder, and those of one token: top_k / n_experts of experts."""
-    with torch.device("meta"):
-        decoder = GPT(model)
+    try:
+        with torch.device("meta"):
+            decoder = GPT(model)
+    except RuntimeError as error:
+        raise UserError("model: weights of these sizes have no address; lower its sizes") from error
     total = sum(p.numel() for p in decoder.parameters())
     if model.moe is None:
         return total, total

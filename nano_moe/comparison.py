@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 from typing import Any, NamedTuple
 
+from nano_moe.config import SEES_THE_FUTURE
 from nano_moe.errors import UserError
 from nano_moe.runs import Run
 
@@ -37,8 +38,8 @@ def read_curve(run: Run) -> Curve:
     except (KeyError, ValueError, TypeError, csv.Error):
         raise UserError(f"{run.metrics_file}: not a metrics file of this kit") from None
     if not rows:
-        if run.recipe_file.is_file():
-            run.recipe().model.check_causal()
+        if run.recipe_file.is_file() and not run.recipe().model.is_causal:
+            raise UserError(f"{run.path}: {SEES_THE_FUTURE}")
         raise UserError(f"{run.metrics_file}: no validation yet; let the run train further")
     return Curve(run.name, spent, ce, bpb)
 

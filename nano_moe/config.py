@@ -24,6 +24,11 @@ DOMAINS = (
     "code_python",
 )
 
+SEES_THE_FUTURE = (
+    "model.moe.routing: expert_choice sees the future, so its loss and samples mean nothing and "
+    "are refused; train with token_choice to evaluate, compare or sample"
+)
+
 
 class FieldFault(ValueError):
     """A fault between fields; `field` is relative to the section that raises it."""
@@ -115,6 +120,7 @@ class MoEConfig(Section):
     capacity_factor: float | None = Field(
         default=None,
         gt=0,
+        le=2**16,
         description="an expert takes at most this x top_k x T / n_experts tokens of a sequence, "
         "in training only; omitted: nothing is dropped",
     )
@@ -130,6 +136,7 @@ class MoEConfig(Section):
     bias_update_rate: float = Field(
         default=0.0,
         ge=0,
+        le=1,
         description="step of the aux-free selection bias per optimizer step; 0: no bias",
     )
     bias_rule: Literal["sign", "error"] = Field(
@@ -423,10 +430,7 @@ class ModelConfig(Section):
     def check_causal(self) -> None:
         """Raises UserError for a model whose predictions look at what they predict."""
         if not self.is_causal:
-            raise UserError(
-                "model.moe.routing: expert_choice sees the future, so its loss and samples mean "
-                "nothing and are refused; train with token_choice to evaluate or sample"
-            )
+            raise UserError(SEES_THE_FUTURE)
 
     def is_sparse(self, layer: int) -> bool:
         return self.moe is not None and self.moe.is_sparse(layer)

@@ -94,8 +94,10 @@ class Published(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Published:
-        if (self.model is None) == (self.weights is None):
-            raise FieldFault("model", "give either this block or a list of weights, and not both")
+        if self.model is None and self.weights is None:
+            raise FieldFault("model", "missing; give this block, or a list of weights")
+        if self.model is not None and self.weights is not None:
+            raise FieldFault("weights", "the model block says them already; remove one of the two")
         if self.weights is None:
             if self.n_experts is not None:
                 raise FieldFault("n_experts", "the model block says it already; remove it")

@@ -131,6 +131,16 @@ def find(name: str, root: Path = ROOT) -> Run:
     raise UserError(f"run '{name}': no such run; {known}")
 
 
+def source_of(recipe: Recipe) -> Run | None:
+    """The run whose weights the recipe starts from, if it names one; raises UserError."""
+    if recipe.model.moe is None or recipe.model.moe.init_from is None:
+        return None
+    try:
+        return find(recipe.model.moe.init_from)
+    except UserError as error:
+        raise UserError(f"model.moe.init_from: {error}") from error
+
+
 def describe(recipe: Recipe, *, corpus: Corpus, device: str) -> dict[str, Any]:
     """The manifest: what made this run, enough to repeat or to doubt it."""
     counted = count(recipe)

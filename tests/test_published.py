@@ -437,7 +437,7 @@ def test_a_faulty_published_file(write, old, new, parts):
 def test_a_model_and_a_list_of_weights_are_one_too_many(write):
     text = (FOLDER / "llama-2-70b.yaml").read_text()
     write(text + LISTED.partition("n_experts: 4\n")[2])
-    with pytest.raises(UserError, match="x.yaml:.*: model: give either this block or a list"):
+    with pytest.raises(UserError, match="x.yaml:.*: weights: the model block says them already"):
         recipe_file.load_any("x.yaml")
     write(text + "n_experts: 4\n")
     with pytest.raises(UserError, match="n_experts: the model block says it already"):

@@ -324,6 +324,8 @@ def test_an_unknown_domain_lists_the_known_ones():
         "moe.balance_scope=sequence moe.routing=hash",
         "moe.router_window=65",
         "moe.shared_expert_gate=true",
+        "moe.bias_update_rate=2 moe.score=sigmoid",
+        "moe.capacity_factor=1e30",
         "moe.router_jitter=1",
         "moe.capacity_factor=0",
         "moe.capacity_factor=1.0 moe.routing=expert_choice moe.load_balancing_loss=0",

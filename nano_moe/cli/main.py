@@ -25,6 +25,7 @@ VERBS = {
     "prepare": "read, split and tokenize a recipe's text",
 }
 
+OUT_OF_MEMORY = "out of memory; lower trainer.batch_size, model.context or the model's sizes"
 WRITERS = ("train", "resume", "prepare")
 TRACEBACK = "NANO_MOE_TRACEBACK"  # set it to see where an unforeseen error came from
 
@@ -56,11 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; check the path, its rights and the disk")
     except MemoryError:
-        return _fail("out of memory; lower trainer.batch_size, model.context or the model's sizes")
+        return _fail(OUT_OF_MEMORY)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if "allocate memory" in str(error) or "out of memory" in str(error):  # as torch says it
+            return _fail(OUT_OF_MEMORY)
         if TRACEBACK in os.environ:
             raise
         what = f"{type(error).__name__}: {error}"

@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = recipe_file.load(args.recipe, args.overrides)
     if args.name is not None:
         runs.check_name_is_free(args.name)
+    runs.source_of(recipe)
     print_count(args.recipe, accounting.count(recipe), to_stderr=args.json)
     from nano_moe.device import check_memory
     from nano_moe.text.store import prepare

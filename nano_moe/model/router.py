@@ -178,9 +178,8 @@ def causal_window(x: Tensor, width: int) -> Tensor:
     """
     if width == 1:
         return x
-    length = x.shape[-2]
-    padded = F.pad(x, (0, 0, width - 1, 0))
-    return torch.cat([padded[..., width - 1 - w :, :][..., :length, :] for w in range(width)], -1)
+    oldest_first = F.pad(x, (0, 0, width - 1, 0)).unfold(-2, width, 1)  # (B, T, D, W)
+    return oldest_first.flip(-1).mT.flatten(-2)
 
 
 def make_router(config: ModelConfig, layer: int) -> Router | HashRouter:

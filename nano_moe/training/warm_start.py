@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 from nano_moe.accounting import count
-from nano_moe.config import Recipe
+from nano_moe.config import ModelConfig, Recipe
 from nano_moe.errors import UserError
 from nano_moe.model.gpt import GPT
 from nano_moe.model.upcycle import upcycle
-from nano_moe.runs import Run, find, first_difference, load_model, write_json
+from nano_moe.runs import Run, first_difference, load_model, source_of, write_json
 
+log = logging.getLogger(__name__)
 FIELD = "model.moe.init_from"
 
 
@@ -18,33 +22,44 @@ def warm_start(model: GPT, recipe: Recipe, run: Run) -> None:
     The dense run must have the recipe's shape, but for its `moe` block, and `run`'s vocabulary.
     What was taken, and what it had cost, goes into `run`'s manifest.
     """
-    if recipe.model.moe is None or recipe.model.moe.init_from is None:
+    source = source_of(recipe)
+    if source is None:
         return
-    source = find(recipe.model.moe.init_from)
+    dense_recipe, dense, step = load_model(source)
+    _check_fits(source, run, dense_recipe, recipe)
+    if not all(weight.isfinite().all() for weight in dense.parameters()):
+        raise UserError(f"{FIELD}: weights of {source.path} are not finite; name another run")
+    if source.manifest().get("corpus", {}).get("sha256") != run.manifest()["corpus"]["sha256"]:
+        log.warning(f"{FIELD}: {source.path} may have been trained on what is validation text here")
+    upcycle(model, dense)
+    tokens = step * dense_recipe.tokens_per_step
+    spent = {"run": source.name, "step": step, "tokens": tokens}
+    spent["flops"] = tokens * count(dense_recipe).train_flops_per_token
+    write_json(run.manifest_file, run.manifest() | {"init_from": spent})
+
+
+def _check_fits(source: Run, run: Run, dense: Recipe, recipe: Recipe) -> None:
     theirs = source.tokenizer_file
     if not theirs.is_file() or theirs.read_bytes() != run.tokenizer_file.read_bytes():
         raise UserError(
             f"{FIELD}: {source.path} was trained with another vocabulary; "
             "use the same data section, or train it anew on this text"
         )
-    dense_recipe, dense, step = load_model(source)
-    if dense_recipe.model.moe is not None:
+    if dense.model.moe is not None:
         raise UserError(f"{FIELD}: {source.path} is sparse itself; name a dense run")
-    there, here = (
-        config.model_dump(exclude={"moe", "init_std"})
-        for config in (dense_recipe.model, recipe.model)
-    )
+    there, here = _shape(dense.model), _shape(recipe.model)
     differs = first_difference(there, here)
     if differs is not None:
         raise UserError(
             f"{FIELD}: model.{differs} is {_value(there, differs)} in {source.path} and "
             f"{_value(here, differs)} here; make them equal"
         )
-    upcycle(model, dense)
-    tokens = step * dense_recipe.tokens_per_step
-    spent = {"run": source.name, "step": step, "tokens": tokens}
-    spent["flops"] = tokens * count(dense_recipe).train_flops_per_token
-    write_json(run.manifest_file, run.manifest() | {"init_from": spent})
+
+
+def _shape(model: ModelConfig) -> dict[str, Any]:
+    """What two models must share to share weights, defaults spelt out."""
+    resolved = {"n_kv_heads": model.kv_heads, "head_dim": model.head_size}
+    return model.model_dump(exclude={"moe", "init_std"}) | resolved
 
 
 def _value(tree: dict, dotted: str) -> object:

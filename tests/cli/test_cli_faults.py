@@ -98,9 +98,25 @@ def test_a_device_that_is_not_there(shop, monkeypatch):
 def test_a_dense_run_to_start_from_that_is_not_there_or_does_not_fit(shop):
     recipe = ["tiny.yaml", "model.moe.d_expert=64"]
     message = shop.fault("train", *recipe, "model.moe.init_from=dane")
-    assert "run 'dane': no such run; nearest: done" in message
+    assert "model.moe.init_from: run 'dane': no such run; nearest: done" in message
     message = shop.fault("train", *recipe, "model.moe.init_from=done")
     assert "model.moe.init_from: checkpoints/done is sparse itself; name a dense run" in message
+
+
+def test_memory_that_torch_cannot_have_is_said_as_such(shop, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 17 GB")
+
+    monkeypatch.setattr("nano_moe.training.fit.Decoder", refuse)
+    assert "out of memory; lower trainer.batch_size" in shop.fault("train", "tiny.yaml")
+
+
+def test_brackets_in_names_are_no_markup(shop):
+    for folder in ("a[red]", "b[/bold]"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "tiny.yaml").write_text(Path("tiny.yaml").read_text())
+        status, out, _ = shop.run("count", f"{folder}/tiny.yaml")
+        assert status == 0 and f"{folder}/tiny.yaml" in out
 
 
 # --- runs ----------------------------------------------------------------------------------------

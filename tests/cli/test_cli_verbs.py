@@ -239,6 +239,8 @@ def test_expert_choice_trains_as_a_demo_and_is_refused_where_it_would_mislead(sh
     assert shop.json("train", "tiny.yaml", *choice)["ce"] is None
     for verb in (["eval", "leak"], ["sample", "leak"], ["compare", "done", "leak"]):
         assert "expert_choice sees the future" in shop.fault(*verb)
+    assert "checkpoints/leak: " in shop.fault("compare", "done", "leak")
+    assert shop.run("sample", "leak")[1] == ""  # not even the prompt
 
 
 def test_a_sparse_run_starts_from_a_dense_one(shop):

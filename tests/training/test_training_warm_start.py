@@ -74,6 +74,24 @@ def test_training_goes_on_from_the_dense_runs_loss(workshop):
     assert later.evaluation.overall.ce < from_scratch.evaluation.overall.ce
 
 
+def test_weights_that_are_not_finite_are_no_start(workshop):
+    dense, _ = workshop.train(workshop.recipe("dense"), "dense")
+    for path in (dense.best, dense.last):
+        checkpoint = workshop.checkpoint(path)
+        checkpoint["state_dict"]["model.norm.weight"][0] = torch.nan
+        torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=r"model\.moe\.init_from: .*not finite"):
+        workshop.train(upcycled(workshop), "on")
+
+
+def test_defaults_spelt_out_are_no_difference_and_another_split_is_warned_of(workshop, caplog):
+    workshop.train(workshop.recipe("dense"), "dense")
+    workshop.train(upcycled(workshop, model__head_dim=16), "same")
+    assert not caplog.records
+    workshop.train(upcycled(workshop, data__val_fraction=0.5), "other")
+    assert "may have been trained on what is validation text here" in caplog.text
+
+
 def test_the_manifest_says_what_the_weights_had_cost(workshop):
     dense, _ = workshop.train(workshop.recipe("dense"), "dense")
     run, _ = workshop.train(upcycled(workshop), "on")
@@ -100,7 +118,7 @@ def test_an_upcycled_run_resumes_and_loads_without_its_source(workshop):
 @pytest.mark.parametrize(
     ("source", "changes", "parts"),
     [
-        ("nowhere", {}, ["run 'dense'", "no such run"]),
+        ("nowhere", {}, ["model.moe.init_from: run 'dense'", "no such run"]),
         ("sparse", {}, ["model.moe.init_from", "is sparse itself"]),
         ("dense", {"model__n_heads": 4}, ["model.n_heads is 2 in", "4 here", "make them equal"]),
         ("dense", {"data__files": ["other.txt"], "data__tokenizer": "char"}, ["vocabulary"]),
