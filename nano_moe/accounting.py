@@ -64,6 +64,7 @@ class Sparsity(NamedTuple):
     dense_flops_per_token: int  # of a dense model as large, which uses every weight
     compute_saved: float  # how many times fewer FLOPs than that
     n_experts: int
+    experts_used: float  # by a token, per sparse layer
     expert_params: int  # of one expert in every sparse layer
     outside_params: int  # of all but the experts
     one_expert_params: int  # of the model with a single expert and no router
@@ -122,10 +123,11 @@ def parameters(groups: Iterable[WeightGroup]) -> tuple[int, int]:
     return sum(g.size * g.copies for g in groups), sum(g.size * g.active for g in groups)
 
 
-def params_by_kind(groups: Iterable[WeightGroup]) -> dict[str, int]:
+def params_by_kind(groups: Iterable[WeightGroup], *, active: bool = False) -> dict[str, int]:
+    """Parameters of each kind that is there, all or those one token touches."""
     kinds: dict[str, int] = {}
     for g in groups:
-        kinds[g.kind] = kinds.get(g.kind, 0) + g.size * g.copies
+        kinds[g.kind] = kinds.get(g.kind, 0) + g.size * (g.active if active else g.copies)
     return {kind: n for kind, n in kinds.items() if n}
 
 
@@ -163,6 +165,8 @@ def sparsity(groups: Iterable[WeightGroup], n_experts: int) -> Sparsity:
         dense_flops_per_token=dense,
         compute_saved=dense / used,
         n_experts=n_experts,
+        experts_used=sum(g.size * g.active for g in groups if g.kind == "experts")
+        / (experts // n_experts),
         expert_params=experts // n_experts,
         outside_params=total - experts,
         one_expert_params=one_expert,

@@ -36,6 +36,7 @@ class Census(NamedTuple):
     total_params: int
     active_params: int
     params_by_kind: dict[str, int]
+    active_by_kind: dict[str, int]
     weight_bytes: dict[str, float]  # by precision
     active_bytes: dict[str, float]
     kv_cache_bytes_per_token: int | None  # in bf16; None where the model is a list of weights
@@ -56,6 +57,7 @@ def census(published: Published) -> Census:
         total_params=total,
         active_params=active,
         params_by_kind=params_by_kind(groups),
+        active_by_kind=params_by_kind(groups, active=True),
         weight_bytes=stored_bytes(total),
         active_bytes=stored_bytes(active),
         kv_cache_bytes_per_token=cached,

@@ -240,9 +240,14 @@ class MoEConfig(Section):
                 "router_z_loss": self.router_z_loss > 0,
             },
         }[self.routing]
-        for field, given in unused.items():
-            if given:
-                raise FieldFault(field, f"has no effect with routing={self.routing}; remove it")
+        fields = [field for field, given in unused.items() if given]
+        if fields:
+            others = f", nor has {', '.join(fields[1:])}" if fields[1:] else ""
+            raise FieldFault(
+                fields[0],
+                f"has no effect with routing={self.routing}{others}; remove it, or set it back to "
+                "its default (a loss: 0)",
+            )
 
     def _check_upcycling(self) -> None:
         drops = self.routing == "expert_choice" or self.capacity_factor is not None

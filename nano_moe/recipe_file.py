@@ -61,6 +61,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Published:
     """As `load`, and of what is only counted: published models, and a `model:` block alone."""
     tree = _read_with(path, overrides)
+    if overrides and "weights" in tree.values:
+        raise UserError(
+            f"{path}: lists weights and has no model block, so there is no field to override; "
+            "change a copy of the file"
+        )
     if PUBLISHED & set(tree.values) or not RUN & set(tree.values):
         return validate(tree, str(path), Published)
     return validate(tree, str(path), Recipe)

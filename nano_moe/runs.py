@@ -126,7 +126,7 @@ def find(name: str, root: Path = ROOT) -> Run:
         if path.is_dir() and path != root:
             raise UserError(f"{path}: not a run folder (it holds no recipe.yaml)")
     names = sorted(p.parent.name for p in root.glob("*/recipe.yaml"))
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:5]
     known = f"nearest: {', '.join(close)}" if close else f"{root}{os.sep} holds no run yet"
     raise UserError(f"run '{name}': no such run; {known}")
 
@@ -138,7 +138,7 @@ def source_of(recipe: Recipe) -> Run | None:
     try:
         return find(recipe.model.moe.init_from)
     except UserError as error:
-        raise UserError(f"model.moe.init_from: {error}") from error
+        raise UserError(f"model.moe.init_from: {error}; train the dense run first") from error
 
 
 def describe(recipe: Recipe, *, corpus: Corpus, device: str) -> dict[str, Any]:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from nano_moe import recipe_file
+from nano_moe.census import census
 from nano_moe.cli.main import VERBS
 from nano_moe.config import ModelConfig, MoEConfig
+from nano_moe.evaluation import evaluate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,3 +67,20 @@ def test_the_table_of_schemes_names_fields_files_and_tests_that_exist():
                 assert (ROOT / folder / path).is_file(), f"{scheme}: {path}"
         for trap in re.findall(r"\bT(\d+)", tests):
             assert f"def test_t{int(trap):02d}_" in TRAPS, f"{scheme}: T{trap}"
+
+
+def test_the_model_it_writes_down_counts_as_it_says(tmp_path):
+    (block,) = [b for b in README.split("```")[1::2] if "model: #" in b]
+    (tmp_path / "mine.yaml").write_text(block)
+    counted = census(recipe_file.load_any(tmp_path / "mine.yaml"))
+    said = re.findall(r"[\d.]+(?=B[,\s])", block)
+    assert [f"{n / 1e9:.4g}" for n in (counted.total_params, counted.active_params)] == said
+
+
+def test_the_figures_it_explains_are_those_of_an_evaluation(moe_config, build, tiny_corpus):
+    table = README.split("## Reading a run")[1].split("\n## ")[0]
+    (row,) = evaluate(
+        build(moe_config(n_layers=1)), tiny_corpus, batch_size=4, precision="fp32"
+    ).routing
+    explained = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+    assert row.keys() - {"layer", "load"} <= explained

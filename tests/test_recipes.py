@@ -105,6 +105,7 @@ def test_the_dense_run_that_upcycling_starts_from_has_its_shape():
     assert sparse.model.moe.init_from == "dense-384"
     assert dense.model.model_dump(exclude={"moe"}) == sparse.model.model_dump(exclude={"moe"})
     assert dense.data == sparse.data
+    assert dense.seed != sparse.seed
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

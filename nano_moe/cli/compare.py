@@ -30,11 +30,11 @@ def _print(compared: dict[str, Any]) -> None:
         "run",
         "total",
         "active",
-        "CE at end",
+        "CE\nat end",
         "bits/byte",
-        f"CE at {si(budgets['tokens'])} tokens",
-        f"CE at {si(budgets['flops'])}FLOP",
-        f"CE at {duration(budgets['seconds'])}",
+        f"CE at\n{si(budgets['tokens'])}\ntokens",
+        f"CE at\n{si(budgets['flops'])}FLOP",
+        f"CE at\n{duration(budgets['seconds'])}",
     )
     rows = []
     for row in compared["runs"]:
@@ -44,6 +44,8 @@ def _print(compared: dict[str, Any]) -> None:
         final = [figure(row["final"]["ce"]), figure(row["final"]["bpb"])]
         rows.append((row["run"], *totals, *final, *at))
     print_table("", header, rows)
+    if any("–" in row for row in rows):
+        print("–: this run had no validation so early.")
     for row in compared["runs"]:
         source = row["init_from"]
         if source is not None:

@@ -10,13 +10,14 @@ from nano_moe.accounting import Sparsity
 from nano_moe.cli.arguments import add_json, add_recipe
 from nano_moe.cli.output import params, print_count, print_json, print_table, si, size
 from nano_moe.config import Recipe
-from nano_moe.published import Published
+from nano_moe.published import Publication, Published
 
 if TYPE_CHECKING:
     from nano_moe.census import Census
 
+A_HANDFUL = 16  # of experts: with more, nobody takes the model for so many models
 HOW = {
-    "built": "counted from our decoder's own modules, built without memory; the formula agrees",
+    "built": "counted from the modules of the decoder that the file describes: shapes, no memory",
     "formula": "counted by formula, from the list of weights: our decoder cannot be this model",
 }
 
@@ -54,7 +55,7 @@ def _count_published(args: argparse.Namespace, published: Published) -> None:
     if args.json:
         print_json(_as_json(published, counted))
         return
-    _print_sizes(args.recipe, published, counted)
+    _print_sizes(args, published, counted)
     if counted.sparsity is not None:
         _print_sparsity(counted.sparsity, counted.total_params)
 
@@ -68,35 +69,58 @@ def _as_json(published: Published, counted: Census) -> dict[str, Any]:
     }
 
 
-def _print_sizes(path: str, published: Published, counted: Census) -> None:
-    about = published.published
-    rows = [("parameters", f"{counted.total_params:,}", f"{counted.active_params:,}")]
-    if about is not None:
-        total, active = ("–" if n is None else f"{n:,g}B" for n in (about.total, about.active))
-        rows.append(("as its source rounds them", total, active))
-    for precision, held in counted.weight_bytes.items():
-        rows.append((f"weights in {precision}", size(held), size(counted.active_bytes[precision])))
-    title = path if about is None else f"{about.name} ({about.source})"
+def _print_sizes(args: argparse.Namespace, published: Published, counted: Census) -> None:
+    about, title = published.published, args.recipe
+    if about is not None and not args.overrides:
+        title = f"{about.name} ({about.source})"
+    elif args.overrides:
+        title = f"{title}, changed: {' '.join(args.overrides)}"
     if about is not None and about.rumour:
         print(f"RUMOUR: nobody who built {about.name} has confirmed any of these figures.")
-    print_table(title, ("", "all", "active per token"), rows)
+    rows = _size_rows(None if args.overrides else about, counted)
+    print_table(title, ("", "all", "used by a token"), rows)
     print(f"{HOW[counted.by]}.")
     if about is not None and about.note is not None:
         print(f"Note: {about.note}.")
     if counted.kv_cache_bytes_per_token is not None:
         print(f"KV cache in bf16: {size(counted.kv_cache_bytes_per_token)} per token.")
+    if counted.sparsity is None:
+        print("Dense: every token uses every weight.")
+
+
+def _size_rows(about: Publication | None, counted: Census) -> list[tuple[str, str, str]]:
+    """Parameters, as counted, as their source rounds them and by part, and bytes by precision."""
+    rows = [("parameters", f"{counted.total_params:,}", f"{counted.active_params:,}")]
+    if about is not None:
+        total, active = ("–" if n is None else f"{n:,g}B" for n in (about.total, about.active))
+        rows.append(("as its source rounds them", total, active))
+    for kind, n in counted.params_by_kind.items():
+        used = counted.active_by_kind.get(kind, 0)
+        rows.append((f"  {kind.replace('_', ' ')}", params(n), params(used)))
+    for precision, held in counted.weight_bytes.items():
+        rows.append((f"weights in {precision}", size(held), size(counted.active_bytes[precision])))
+    return rows
 
 
 def _print_sparsity(s: Sparsity, total: int) -> None:
     """The figures that articles quote, each a line of plain words."""
+    outside, one, expert = (
+        params(n) for n in (s.outside_params, s.one_expert_params, s.expert_params)
+    )
     print(
-        f"Compute saved: {si(s.flops_per_token)}FLOP per token and not the "
-        f"{si(s.dense_flops_per_token)}FLOP of a dense model as large, {s.compute_saved:.1f} times "
-        "less (products with weights, forward).\n"
+        f"Compute saved: a token costs {si(s.flops_per_token)}FLOP forward in products with "
+        f"weights (attention's scores apart); a dense model of {params(total)} would cost "
+        f"{si(s.dense_flops_per_token)}FLOP, {s.compute_saved:.1f} times as much.\n"
         f"Memory not saved: a token uses {s.active_share:.1%} of the weights, but any token may "
-        f"need any expert, so all {params(total)} must be held.\n"
-        f"{s.n_experts} experts are not {s.n_experts} models: {s.n_experts} x "
-        f"{params(s.one_expert_params)}, the size with one expert, is "
-        f"{params(s.all_models_params)}, and this is {params(total)}: the "
-        f"{params(s.outside_params)} outside the experts are stored once."
+        f"need any expert, so all {params(total)} must be held."
+    )
+    if s.n_experts <= A_HANDFUL:
+        print(
+            f"{s.n_experts} experts are not {s.n_experts} models: {s.n_experts} x {one} = "
+            f"{params(s.all_models_params)} would count the {outside} outside the experts "
+            f"{s.n_experts} times, and they are stored once."
+        )
+    print(
+        f"The sum: {outside} outside the experts + {s.n_experts} x {expert} = {params(total)}; a "
+        f"token uses {outside} + {s.experts_used:g} x {expert} = {params(s.active_share * total)}."
     )

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from nano_moe.text.store import prepare
 
     stored = found.recipe()
+    stored.model.check_causal()
     device = choose_device(stored)
     recipe, model, step = runs.load_model(found, device=device.type)
     corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context)
@@ -55,4 +56,7 @@ def _print(scored: Evaluation) -> None:
         routing = [
             (str(row["layer"]), *(figure(row[name], 3) for name in names)) for row in scored.routing
         ]
-        print_table("routing", ("layer", *names), routing)
+        heads = tuple(name.replace("_", "\n") for name in names)
+        print_table(
+            "routing (README.md, Reading a run, says what is what)", ("layer", *heads), routing
+        )

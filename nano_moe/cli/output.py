@@ -26,16 +26,13 @@ def print_table(
 
     # Text, not str: brackets in a name are the user's, and no markup.
     table = Table(title=Text(title), title_justify="left", header_style="bold")
-    rows = list(rows)
-    names = max((len(row[0]) for row in rows), default=0)
-    table.add_column(header[0], min_width=names)  # names are never cut
-    for name in header[1:]:
-        table.add_column(name, justify="right", overflow="fold")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
     console = Console(stderr=to_stderr)
-    if not console.is_terminal:
-        console.width = 140  # a file or pipe has no width to keep to
+    # A narrow terminal breaks lines, but loses no figure; a file or pipe has no width to keep to.
+    console.width = max(console.width, console.measure(table).maximum)
     console.print(table)
 
 

@@ -35,6 +35,13 @@ class Validation(StepCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_ce = state_dict["best_ce"]
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Weights of another run are scored before they move."""
+        moe = pl_module.recipe.model.moe
+        if moe is not None and moe.init_from is not None and trainer.global_step == 0:
+            with self.clock.paused():
+                self._validate(trainer, pl_module)
+
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
         step, recipe = trainer.global_step, pl_module.recipe
         if not recipe.model.is_causal:

@@ -31,6 +31,8 @@ def warm_start(model: GPT, recipe: Recipe, run: Run) -> None:
         raise UserError(f"{FIELD}: weights of {source.path} are not finite; name another run")
     if source.manifest().get("corpus", {}).get("sha256") != run.manifest()["corpus"]["sha256"]:
         log.warning(f"{FIELD}: {source.path} may have been trained on what is validation text here")
+    if dense_recipe.seed == recipe.seed:
+        log.warning(f"{FIELD}: {source.path} has this seed, so its batches are seen a second time")
     upcycle(model, dense)
     tokens = step * dense_recipe.tokens_per_step
     spent = {"run": source.name, "step": step, "tokens": tokens}

@@ -33,10 +33,10 @@ def test_count_says_all_that_articles_say_of_mixtral(shop):
         "Mixtral 8x7B (Jiang et al. 2024, arXiv:2401.04088)",
         "46,702,792,704", "12,879,925,248", "46.7B", "12.9B",
         "87 GiB", "24 GiB",  # bf16
-        "our decoder's own modules",
-        "3.7 times less", "27.6%", "all 46.70B must be held",
-        "8 x 7.242B, the size with one expert, is 57.93B, and this is 46.70B",
-        "1.606B outside the experts",
+        "from the modules of the decoder",
+        "3.7 times as much", "27.6%", "all 46.70B must be held",
+        "8 x 7.242B = 57.93B would count the 1.606B outside the experts 8 times",
+        "1.606B outside the experts + 8 x 5.637B = 46.70B", "1.606B + 2 x 5.637B = 12.88B",
     ):  # fmt: skip
         assert part in out
 
@@ -49,15 +49,29 @@ def test_count_as_json_has_the_figures_that_it_has_in_words(shop):
     assert found["active_bytes"]["int4"] == 12_879_925_248 / 2
     assert found["sparsity"]["one_expert_params"] == 7_241_732_096
     assert found["sparsity"]["compute_saved"] == pytest.approx(3.65, abs=0.01)
+    for every, used in (("total_params", "params_by_kind"), ("active_params", "active_by_kind")):
+        assert sum(found[used].values()) == found[every]
     four = shop.json("count", MIXTRAL, "model.moe.top_k=4")
     assert four["total_params"] == found["total_params"]
     assert four["active_params"] > found["active_params"]
 
 
+def test_a_changed_model_is_not_shown_beside_its_sources_figures(shop):
+    _, out, _ = shop.run("count", MIXTRAL, "model.moe.top_k=4")
+    assert "changed: model.moe.top_k=4" in out and "12.9B" not in out and "Jiang" not in out
+    message = shop.fault("count", RUMOUR, "n_experts=8")
+    assert "lists weights and has no model block" in message
+
+
+def test_many_experts_are_summed_and_not_taken_for_as_many_models(shop):
+    _, out, _ = shop.run("count", str(PUBLISHED / "deepseek-v2.yaml"))
+    assert "13.02B outside the experts + 160 x 1.392B = 235.7B" in out and "160 models" not in out
+
+
 def test_a_list_of_weights_says_that_it_is_one_and_a_rumour_that_it_is_one(shop):
     _, out, _ = shop.run("count", RUMOUR)
     assert out.startswith("RUMOUR: nobody who built GPT-4 has confirmed")
-    assert "counted by formula" in out and "own modules" not in out
+    assert "counted by formula" in out and "from the modules" not in out
     assert shop.json("count", RUMOUR)["published"]["rumour"] is True
     _, out, _ = shop.run("count", MIXTRAL)
     assert "RUMOUR" not in out and "by formula" not in out

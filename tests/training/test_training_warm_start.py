@@ -59,8 +59,10 @@ def upcycled(workshop, **changes):
 def test_training_goes_on_from_the_dense_runs_loss(workshop):
     dense, result = workshop.train(workshop.recipe("dense", trainer__steps=40), "dense")
     recipe = upcycled(workshop, trainer__steps=1, optim__lr=1e-9, trainer__val_every=1)
-    _, first = workshop.train(recipe, "on")
+    run, first = workshop.train(recipe, "on")
     assert first.evaluation.overall.ce == pytest.approx(result.evaluation.overall.ce, abs=1e-3)
+    before, after = (float(row["val/ce"]) for row in workshop.rows(run) if row["val/ce"])
+    assert before == pytest.approx(result.evaluation.overall.ce, abs=1e-4)
     fresh = init_weights(GPT(recipe.model), recipe.seed)
     corpus = workshop.corpus(recipe)
     scratch = evaluate(fresh, corpus, batch_size=4, precision="fp32").overall.ce
@@ -86,10 +88,13 @@ def test_weights_that_are_not_finite_are_no_start(workshop):
 
 def test_defaults_spelt_out_are_no_difference_and_another_split_is_warned_of(workshop, caplog):
     workshop.train(workshop.recipe("dense"), "dense")
-    workshop.train(upcycled(workshop, model__head_dim=16), "same")
+    workshop.train(upcycled(workshop, model__head_dim=16, seed=6), "same")
     assert not caplog.records
-    workshop.train(upcycled(workshop, data__val_fraction=0.5), "other")
+    workshop.train(upcycled(workshop, data__val_fraction=0.5, seed=6), "other")
     assert "may have been trained on what is validation text here" in caplog.text
+    caplog.clear()
+    workshop.train(upcycled(workshop), "again")
+    assert "its batches are seen a second time" in caplog.text
 
 
 def test_the_manifest_says_what_the_weights_had_cost(workshop):
