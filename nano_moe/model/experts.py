@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nano_moe.model.ops import ACTIVATIONS, compute_dtype, swiglu
-from nano_moe.model.routing import Routing, count_tokens
+from nano_moe.model.routing import Routing, carried_out, count_tokens
 
 ALIGNMENT = 8  # grouped products want rows of whole 16 bytes: 8 numbers of bf16
 
@@ -58,7 +58,7 @@ def loop(
 
     x (N, D), first (E, 2F or F, D), down (E, D, F); (N, D) in the dtype of `x`.
     """
-    ids, y = _carried_out(routing, first.shape[0]), torch.zeros_like(x)
+    ids, y = carried_out(routing, first.shape[0]), torch.zeros_like(x)
     for expert in range(first.shape[0]):
         token, slot = (ids == expert).nonzero(as_tuple=True)
         hidden = activation(F.linear(x[token], first[expert]))
@@ -87,7 +87,7 @@ def grouped(
     if width % ALIGNMENT:
         added = (0, -width % ALIGNMENT)
         x, first, down = F.pad(x, added), F.pad(first, added), F.pad(down, (0, 0, *added))
-    ids = _carried_out(routing, n_experts).flatten()
+    ids = carried_out(routing, n_experts).flatten()
     order = ids.argsort(stable=True)  # (N*K,)
     ends = count_tokens(ids, n_experts + 1)[:-1].cumsum(0).to(torch.int32)  # (E,)
     rows = x.index_select(0, order // top_k).to(dtype)  # (N*K, D), grouped by expert
@@ -100,10 +100,3 @@ def grouped(
     back = torch.empty_like(order).scatter_(0, order, places)
     per_token = out.index_select(0, back).view(n_tokens, top_k, x.shape[-1])  # (N, K, D)
     return (per_token * routing.weights.unsqueeze(-1)).sum(1)[:, :width].to(x.dtype)
-
-
-def _carried_out(routing: Routing, n_experts: int) -> Tensor:
-    """Chosen experts (N, K), with the number past the last for what is dropped."""
-    return (
-        routing.ids if routing.kept is None else routing.ids.masked_fill(~routing.kept, n_experts)
-    )

@@ -101,6 +101,13 @@ def drop_overflow(routing: Routing, n_sequences: int, capacity_factor: float) ->
     return routing._replace(kept=kept.view(n_sequences, top_k, length).mT.reshape(-1, top_k))
 
 
+def carried_out(routing: Routing, n_experts: int) -> Tensor:
+    """Chosen experts (N, K), with the number past the last for what is dropped."""
+    if routing.kept is None:
+        return routing.ids
+    return routing.ids.masked_fill(~routing.kept, n_experts)
+
+
 def dropped_share(routing: Routing) -> Tensor:
     """Share of assignments that were not carried out, a scalar."""
     if routing.kept is None:

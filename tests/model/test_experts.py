@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nano_moe.model.experts import Experts, grouped, loop
+from nano_moe.model.fused import fused
 from nano_moe.model.ops import ACTIVATIONS
 from nano_moe.model.routing import Routing
 
@@ -130,7 +131,7 @@ def distance(values: list[Tensor], problem: Problem) -> float:
 FP32, BF16 = 16 * 2**-24, 16 * 2**-9
 
 
-@pytest.mark.parametrize("dispatch", [loop, grouped])
+@pytest.mark.parametrize("dispatch", [loop, grouped, fused])
 @given(problem=problems())
 def test_every_dispatch_equals_brute_force(dispatch, problem):
     assert distance(run(dispatch, problem), problem) < FP32
@@ -141,7 +142,7 @@ def test_the_float64_loop_is_exact(problem):
     assert distance(run(loop, problem.to(torch.float64)), problem) < 1e-14
 
 
-@pytest.mark.parametrize("dispatch", [loop, grouped])
+@pytest.mark.parametrize("dispatch", [loop, grouped, fused])
 @given(problem=problems())
 def test_bf16_autocast_stays_near_brute_force(dispatch, problem):
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -150,7 +151,7 @@ def test_bf16_autocast_stays_near_brute_force(dispatch, problem):
     assert distance(values, problem) < BF16
 
 
-@pytest.mark.parametrize("dispatch", [loop, grouped])
+@pytest.mark.parametrize("dispatch", [loop, grouped, fused])
 @given(problem=problems())
 def test_bf16_tensors_stay_bf16_and_near_brute_force(dispatch, problem):
     values = run(dispatch, problem.to(torch.bfloat16))
@@ -201,7 +202,7 @@ def test_unwritten_rows_reach_neither_output_nor_gradients(problem):
     assert distance(values, problem) < FP32
 
 
-@pytest.mark.parametrize("dispatch", [loop, grouped])
+@pytest.mark.parametrize("dispatch", [loop, grouped, fused])
 def test_a_token_whose_assignments_are_all_dropped_gets_exactly_zero(dispatch):
     torch.manual_seed(0)
     ids = choose("random", 6, 4, 2)
@@ -216,7 +217,7 @@ def test_a_token_whose_assignments_are_all_dropped_gets_exactly_zero(dispatch):
     assert y[[0, 2, 3, 5]].all() and of_x[[0, 2, 3, 5]].all()
 
 
-@pytest.mark.parametrize("dispatch", [loop, grouped])
+@pytest.mark.parametrize("dispatch", [loop, grouped, fused])
 def test_idle_experts_change_nothing_and_get_zero_gradients(dispatch):
     torch.manual_seed(0)
     x, gate_up, down = torch.randn(5, 8), torch.randn(4, 32, 8), torch.randn(4, 8, 16)
@@ -230,7 +231,7 @@ def test_idle_experts_change_nothing_and_get_zero_gradients(dispatch):
         assert not all_four[[0, 1, 3]].any()
 
 
-@pytest.mark.parametrize("dispatch", [loop, grouped])
+@pytest.mark.parametrize("dispatch", [loop, grouped, fused])
 @pytest.mark.parametrize("kept", [None, torch.empty(0, 2, dtype=torch.bool)])
 def test_no_tokens_give_no_rows(dispatch, kept):
     routing = routing_of(torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2), 4, kept)
@@ -238,7 +239,7 @@ def test_no_tokens_give_no_rows(dispatch, kept):
     assert y.shape == (0, 8)
 
 
-@pytest.mark.parametrize("dispatch", [loop, grouped])
+@pytest.mark.parametrize("dispatch", [loop, grouped, fused])
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_swapping_tokens_swaps_rows_and_nothing_else(dispatch, top_k):
     torch.manual_seed(1)
