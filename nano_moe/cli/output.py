@@ -29,10 +29,12 @@ def print_table(
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, row))  # not str: brackets in a name are no markup
     console = Console(stderr=to_stderr)
     # A narrow terminal breaks lines, but loses no figure; a file or pipe has no width to keep to.
     console.width = max(console.width, console.measure(table).maximum)
+    if title:
+        console.print(Text(title, style="italic"), soft_wrap=True)
     console.print(table)
 
 
