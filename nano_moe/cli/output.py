@@ -24,8 +24,7 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    # Text, not str: brackets in a name are the user's, and no markup.
-    table = Table(title=Text(title), title_justify="left", header_style="bold")
+    table = Table(header_style="bold")
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
