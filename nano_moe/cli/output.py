@@ -24,15 +24,16 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    # Text, not str: brackets in a name are the user's, and no markup.
-    table = Table(title=Text(title), title_justify="left", header_style="bold")
+    table = Table(header_style="bold")
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, row))  # not str: brackets in a name are no markup
     console = Console(stderr=to_stderr)
     # A narrow terminal breaks lines, but loses no figure; a file or pipe has no width to keep to.
     console.width = max(console.width, console.measure(table).maximum)
+    if title:
+        console.print(Text(title, style="italic"), soft_wrap=True)
     console.print(table)
 
 
