@@ -147,7 +147,7 @@ class MoEConfig(Section):
         min_length=1,
         description="dense run whose weights the model starts from, its FFN in every expert",
     )
-    backend: Literal["auto", "loop", "grouped"] = Field(
+    backend: Literal["auto", "loop", "grouped", "fused"] = Field(
         default="auto", description="how tokens reach their experts; equal results"
     )
 

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nano_moe.model.fused import fused
 from nano_moe.model.ops import ACTIVATIONS, compute_dtype, swiglu
 from nano_moe.model.routing import Routing, carried_out, count_tokens
 
+FUSED_FROM = 300_000  # numbers gathered per expert; below it grouped products were faster
 ALIGNMENT = 8  # grouped products want rows of whole 16 bytes: 8 numbers of bf16
 
 
@@ -33,18 +35,19 @@ class Experts(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:  # (N, D) -> (N, D)
-        dispatch = grouped if self._use_grouped(x) else loop
         first = self.gate_up if self.gated else self.up
+        dispatch = DISPATCH[self._choose(x, routing) if self.backend == "auto" else self.backend]
         return dispatch(x, routing, first, self.down, self.activation)
 
-    def _use_grouped(self, x: Tensor) -> bool:
-        """`auto`: grouped products, except where they cannot run: odd hidden widths, float64."""
-        if self.backend != "auto":
-            return self.backend == "grouped"
-        dtype = compute_dtype(x)
+    def _choose(self, x: Tensor, routing: Routing) -> str:
+        """Grouped products where they can run; on a CPU with enough work per expert, fused."""
+        dtype, compiling = compute_dtype(x), torch.compiler.is_compiling()
+        gathered = routing.ids.numel() * x.shape[-1]
+        if x.device.type == "cpu" and not compiling and gathered >= FUSED_FROM * len(self.down):
+            return "fused"
         aligned = self.down.shape[-1] % ALIGNMENT == 0
-        compiled_fp32 = torch.compiler.is_compiling() and dtype == torch.float32
-        return aligned and dtype != torch.float64 and not compiled_fp32
+        exists = dtype != torch.float64 and not (compiling and dtype == torch.float32)
+        return "grouped" if aligned and exists else "loop"
 
 
 def loop(
@@ -100,3 +103,6 @@ def grouped(
     back = torch.empty_like(order).scatter_(0, order, places)
     per_token = out.index_select(0, back).view(n_tokens, top_k, x.shape[-1])  # (N, K, D)
     return (per_token * routing.weights.unsqueeze(-1)).sum(1)[:, :width].to(x.dtype)
+
+
+DISPATCH = {"loop": loop, "grouped": grouped, "fused": fused}

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nano_moe.model.experts import Experts, grouped, loop
+from nano_moe.model.experts import DISPATCH, Experts, grouped, loop
 from nano_moe.model.fused import fused
 from nano_moe.model.ops import ACTIVATIONS
 from nano_moe.model.routing import Routing
@@ -264,11 +264,20 @@ def test_auto_runs_where_grouped_products_cannot(hidden, dtype):
 
 def test_a_named_backend_is_the_one_that_runs(monkeypatch):
     ran = []
-    for name in ("loop", "grouped"):
-        monkeypatch.setattr(
-            f"nano_moe.model.experts.{name}", lambda x, *_, name=name: ran.append(name) or x
-        )
+    for name in ("loop", "grouped", "fused"):
+        monkeypatch.setitem(DISPATCH, name, lambda x, *_, name=name: ran.append(name) or x)
     routing = routing_of(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), 1)
-    for backend in ("loop", "grouped", "auto"):
+    for backend in ("loop", "grouped", "fused", "auto"):
         Experts(1, 8, 8, backend)(torch.randn(2, 8), routing)
-    assert ran == ["loop", "grouped", "grouped"]
+    assert ran == ["loop", "grouped", "fused", "grouped"]
+
+
+def test_auto_is_fused_where_an_expert_has_much_to_gather(monkeypatch):
+    ran = []
+    for name in ("grouped", "fused"):
+        monkeypatch.setitem(DISPATCH, name, lambda x, *_, name=name: ran.append(name) or x)
+    for n_tokens in (100, 40_000):
+        ids = torch.arange(n_tokens).unsqueeze(-1) % 2
+        routing = routing_of(ids, torch.ones(n_tokens, 1), 2)
+        Experts(2, 16, 8, "auto")(torch.zeros(n_tokens, 16), routing)
+    assert ran == ["grouped", "fused"]
