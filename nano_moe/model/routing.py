@@ -6,7 +6,6 @@ Shapes: B sequences, T time, N = B*T tokens, E experts, K top_k, G groups.
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -89,8 +88,8 @@ def drop_overflow(routing: Routing, n_sequences: int, capacity_factor: float) ->
     """
     n_tokens, top_k = routing.ids.shape
     n_experts, length = routing.counts.shape[0], n_tokens // n_sequences
-    share = Fraction(str(capacity_factor))  # as written: 1.1 * 100 in floats is above 110
-    capacity = math.ceil(share * top_k * length / n_experts)
+    room = capacity_factor * top_k * length / n_experts
+    capacity = math.ceil(round(room, 6))  # 1.1 * 100 in floats is above 110
     queues = routing.ids.view(n_sequences, length, top_k).mT.flatten(1)  # (B, K*T)
     order = queues.argsort(dim=-1, stable=True)
     counts = count_tokens(queues, n_experts)  # (B, E)
