@@ -5,15 +5,13 @@ Shapes: N tokens, D d_model, E experts, K top_k, F expert hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nano_moe.model.fused import fused
-from nano_moe.model.ops import ACTIVATIONS, compute_dtype, swiglu
-from nano_moe.model.routing import Routing, carried_out, count_tokens
+from nano_moe.model.ops import ACTIVATIONS, Activation, compute_dtype, swiglu
+from nano_moe.model.routing import Routing, carried_out
 
 FUSED_FROM = 300_000  # numbers gathered per expert; below it grouped products were faster
 ALIGNMENT = 8  # grouped products want rows of whole 16 bytes: 8 numbers of bf16
@@ -51,17 +49,13 @@ class Experts(nn.Module):
 
 
 def loop(
-    x: Tensor,
-    routing: Routing,
-    first: Tensor,
-    down: Tensor,
-    activation: Callable[[Tensor], Tensor] = swiglu,
+    x: Tensor, routing: Routing, first: Tensor, down: Tensor, activation: Activation = swiglu
 ) -> Tensor:
     """The reference: one expert after the other, each on the tokens that chose it.
 
     x (N, D), first (E, 2F or F, D), down (E, D, F); (N, D) in the dtype of `x`.
     """
-    ids, y = carried_out(routing, first.shape[0]), torch.zeros_like(x)
+    ids, y = carried_out(routing)[0].view_as(routing.ids), torch.zeros_like(x)
     for expert in range(first.shape[0]):
         token, slot = (ids == expert).nonzero(as_tuple=True)
         hidden = activation(F.linear(x[token], first[expert]))
@@ -72,11 +66,7 @@ def loop(
 
 
 def grouped(
-    x: Tensor,
-    routing: Routing,
-    first: Tensor,
-    down: Tensor,
-    activation: Callable[[Tensor], Tensor] = swiglu,
+    x: Tensor, routing: Routing, first: Tensor, down: Tensor, activation: Activation = swiglu
 ) -> Tensor:
     """Assignments sorted by expert, then one grouped product per weight; no host sync.
 
@@ -86,13 +76,13 @@ def grouped(
     masked on the way in and out, neither they nor their gradients reach a token.
     """
     n_tokens, top_k = routing.ids.shape
-    n_experts, width, dtype = first.shape[0], x.shape[-1], compute_dtype(x)
+    width, dtype = x.shape[-1], compute_dtype(x)
     if width % ALIGNMENT:
         added = (0, -width % ALIGNMENT)
         x, first, down = F.pad(x, added), F.pad(first, added), F.pad(down, (0, 0, *added))
-    ids = carried_out(routing, n_experts).flatten()
+    ids, counts = carried_out(routing)
     order = ids.argsort(stable=True)  # (N*K,)
-    ends = count_tokens(ids, n_experts + 1)[:-1].cumsum(0).to(torch.int32)  # (E,)
+    ends = counts.cumsum(0).to(torch.int32)  # (E,)
     rows = x.index_select(0, order // top_k).to(dtype)  # (N*K, D), grouped by expert
     places = torch.arange(len(order), device=x.device)
     beyond = None if routing.kept is None else (places >= ends[-1]).unsqueeze(-1)  # (N*K, 1)

@@ -9,31 +9,25 @@ Shapes: N tokens, D d_model, E experts, K top_k, F expert hidden width, n rows o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nano_moe.model.ops import compute_dtype, swiglu
-from nano_moe.model.routing import Routing, carried_out, count_tokens
+from nano_moe.model.ops import Activation, compute_dtype, swiglu
+from nano_moe.model.routing import Routing, carried_out
 
 
 def fused(
-    x: Tensor,
-    routing: Routing,
-    first: Tensor,
-    down: Tensor,
-    activation: Callable[[Tensor], Tensor] = swiglu,
+    x: Tensor, routing: Routing, first: Tensor, down: Tensor, activation: Activation = swiglu
 ) -> Tensor:
     """x (N, D), first (E, 2F or F, D), down (E, D, F); (N, D) in the dtype of `x`."""
-    n_experts, dtype = first.shape[0], compute_dtype(x)
-    ids = carried_out(routing, n_experts).flatten()
+    dtype, (ids, counts) = compute_dtype(x), carried_out(routing)
     order = ids.argsort(stable=True)  # (N*K,), dropped ones last
-    counts = count_tokens(ids, n_experts + 1)[:-1].tolist()
     operands = (x.to(dtype), routing.weights, first.to(dtype), down.to(dtype))
-    return ExpertByExpert.apply(*operands, order, counts, activation is swiglu).to(x.dtype)
+    return ExpertByExpert.apply(*operands, order, counts.tolist(), activation is swiglu).to(x.dtype)
 
 
 class ExpertByExpert(torch.autograd.Function):

@@ -100,11 +100,13 @@ def drop_overflow(routing: Routing, n_sequences: int, capacity_factor: float) ->
     return routing._replace(kept=kept.view(n_sequences, top_k, length).mT.reshape(-1, top_k))
 
 
-def carried_out(routing: Routing, n_experts: int) -> Tensor:
-    """Chosen experts (N, K), with the number past the last for what is dropped."""
+def carried_out(routing: Routing) -> tuple[Tensor, Tensor]:
+    """Expert of each assignment (N*K,), E for a dropped one, and how many each gets (E,)."""
     if routing.kept is None:
-        return routing.ids
-    return routing.ids.masked_fill(~routing.kept, n_experts)
+        return routing.ids.flatten(), routing.counts
+    n_experts = len(routing.counts)
+    ids = routing.ids.masked_fill(~routing.kept, n_experts).flatten()
+    return ids, count_tokens(ids, n_experts + 1)[:-1]
 
 
 def dropped_share(routing: Routing) -> Tensor:

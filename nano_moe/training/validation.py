@@ -36,9 +36,10 @@ class Validation(StepCallback):
         self.best_ce = state_dict["best_ce"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Weights of another run are scored before they move."""
+        """Weights of another run are scored before they move, once."""
         moe = pl_module.recipe.model.moe
-        if moe is not None and moe.init_from is not None and trainer.global_step == 0:
+        begins = trainer.global_step == 0 and self.best_ce == math.inf
+        if begins and moe is not None and moe.init_from is not None:
             with self.clock.paused():
                 self._validate(trainer, pl_module)
 

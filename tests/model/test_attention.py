@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from rotation import randomized, turned
 
 from nano_moe.model.attention import Attention, rope_tables, rotate
 
@@ -21,19 +22,7 @@ def attention_of(dense_config, seed: int = 0, **fields) -> tuple[Attention, tupl
     """A float64 attention with random weights (norms too), and its rotary tables."""
     torch.manual_seed(seed)
     config = dense_config(**fields)
-    made = Attention(config).double()
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    cos, sin = rope_tables(config.context, config.head_size, config.rope_theta)
-    return made, (cos.double(), sin.double())
-
-
-def turned(vector: np.ndarray, position: int, theta: float) -> np.ndarray:
-    """RoPE as complex numbers: component i and i + C/2 are one number, turned by an angle."""
-    half = len(vector) // 2
-    numbers = vector[:half] + 1j * vector[half:]
-    numbers = numbers * np.exp(1j * position * theta ** (-np.arange(half) / half))
-    return np.concatenate([numbers.real, numbers.imag])
+    return randomized(Attention(config), config)
 
 
 def by_hand(attention: Attention, x: np.ndarray, theta: float, eps: float) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from rotation import randomized, turned
 
 from nano_moe.config import MLAConfig
 from nano_moe.model.attention import rope_tables
@@ -26,19 +27,7 @@ def latent_config(dense_config, **widths):
 def attention_of(config) -> tuple[LatentAttention, tuple]:
     """A float64 attention with random weights (norms too), and its rotary tables."""
     torch.manual_seed(0)
-    made = LatentAttention(config).double()
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    cos, sin = rope_tables(config.context, config.rope_size, config.rope_theta)
-    return made, (cos.double(), sin.double())
-
-
-def turned(vector: np.ndarray, position: int, theta: float) -> np.ndarray:
-    """RoPE as complex numbers: component i and i + R/2 are one number, turned by an angle."""
-    half = len(vector) // 2
-    numbers = vector[:half] + 1j * vector[half:]
-    numbers = numbers * np.exp(1j * position * theta ** (-np.arange(half) / half))
-    return np.concatenate([numbers.real, numbers.imag])
+    return randomized(LatentAttention(config), config)
 
 
 def by_hand(attention: LatentAttention, x: np.ndarray, config) -> np.ndarray:

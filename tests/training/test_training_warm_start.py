@@ -1,6 +1,8 @@
 """Upcycling: a sparse run starts as the dense run it came from, and trains on from its loss."""
 
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -74,6 +76,21 @@ def test_training_goes_on_from_the_dense_runs_loss(workshop):
     )
     assert later.evaluation.overall.ce < result.evaluation.overall.ce
     assert later.evaluation.overall.ce < from_scratch.evaluation.overall.ce
+
+
+def test_a_run_killed_in_its_first_step_is_scored_at_its_start_once(workshop):
+    workshop.train(workshop.recipe("dense"), "dense")
+    recipe = upcycled(workshop, trainer__steps=2)
+
+    def killed() -> None:
+        workshop.during(1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        workshop.train(recipe, "on")
+
+    assert workshop.in_child(killed) == -signal.SIGKILL
+    run = runs.find("on")
+    assert workshop.checkpoint(run.last)["global_step"] == 0
+    workshop.resume(run)
+    assert [row["step"] for row in workshop.rows(run) if row["val/ce"]] == ["0", "2"]
 
 
 def test_weights_that_are_not_finite_are_no_start(workshop):
