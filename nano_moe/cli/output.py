@@ -31,7 +31,8 @@ def print_table(
         table.add_row(*map(Text, row))  # not str: brackets in a name are no markup
     console = Console(stderr=to_stderr)
     # A narrow terminal breaks lines, but loses no figure; a file or pipe has no width to keep to.
-    console.width = max(console.width, console.measure(table).maximum)
+    unbound = console.options.update(width=10_000)
+    console.width = max(console.width, console.measure(table, options=unbound).maximum)
     if title:
         console.print(Text(title, style="italic"), soft_wrap=True)
     console.print(table)

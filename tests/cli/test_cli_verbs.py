@@ -223,6 +223,21 @@ def test_compare_prints_every_run_at_every_budget(shop):
     assert status == 0 and "different text" not in out
 
 
+@pytest.mark.parametrize("columns", ["20", "80", "200"])
+def test_tables_lose_no_figure_in_a_narrow_terminal(shop, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    compared = shop.json("compare", "done")["runs"][0]
+    _, out, _ = shop.run("compare", "done")
+    for budget in ("tokens", "flops", "seconds"):
+        assert f"{compared[f'at_equal_{budget}']['ce']:.4f}" in out
+    routing = shop.json("eval", "done")["routing"]
+    _, evaluated, _ = shop.run("eval", "done")
+    for row in routing:
+        for name in row.keys() - {"layer", "load"}:
+            assert f"{row[name]:.3f}" in evaluated, name
+    assert "…" not in out + evaluated
+
+
 def test_compare_warns_of_runs_on_different_text(shop):
     Path("other.txt").write_text(Path("text.txt").read_text()[::-1])
     shop.run("train", "tiny.yaml", "--name", "other", "data.files=other.txt", "trainer.steps=2")
