@@ -1,0 +1,50 @@
+"""The machine that timings were taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nano_moe.device import native_bf16
+from nano_moe.errors import UserError
+
+
+def use_threads(threads: int) -> None:
+    """Let torch's products use so many threads; raises UserError for more than there are cores."""
+    cores = n_cores()
+    if not 1 <= threads <= cores:
+        raise UserError(f"--threads {threads}: from 1 to {cores}, the cores of this machine")
+    torch.set_num_threads(threads)
+
+
+def n_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a reader needs to judge a timing, as plain values."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _cpu(),
+        "cores": n_cores(),
+        "threads": torch.get_num_threads(),
+        "ram_gib": round(memory / 2**30, 1),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "bf16_native": native_bf16(torch.device("cpu")),
+    }
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
