@@ -13,11 +13,12 @@ from nano_moe.device import native_bf16
 from nano_moe.errors import UserError
 
 
-def use_threads(threads: int) -> None:
-    """Let torch's products use so many threads; raises UserError for more than there are cores."""
-    cores = n_cores()
-    if not 1 <= threads <= cores:
-        raise UserError(f"--threads {threads}: from 1 to {cores}, the cores of this machine")
+def get_ready(threads: int | None) -> None:
+    """Set the process up as a training is; raises UserError for more threads than cores."""
+    if threads is None:
+        return
+    if not 1 <= threads <= n_cores():
+        raise UserError(f"--threads {threads}: there are 1 to {n_cores()} to choose from here")
     torch.set_num_threads(threads)
 
 
