@@ -135,8 +135,7 @@ class Trial:
         with torch.no_grad():
             self.x.normal_(generator=self.generator)
             self.x += SKEW * torch.randn(self.x.shape[-1], generator=self.generator)
-            _, routing = self.sparse(self.x)
-        self.floor.counts = routing.counts.tolist()
+            self.floor.counts = self.sparse.router(self.x).counts.tolist()
 
     def _dispatches(self) -> dict[str, Case]:
         """Every backend that runs here, each on weights of its own, all equal."""
