@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import lightning as L
@@ -42,9 +43,18 @@ class Result:
 
 
 def fit(
-    run: Run, recipe: Recipe, corpus: Corpus, *, resume: bool = False, progress: bool = True
+    run: Run,
+    recipe: Recipe,
+    corpus: Corpus,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    watchers: Sequence[L.Callback] = (),
 ) -> Result:
-    """Train to the recipe's last step; raises UserError on bad input and on non-finite loss."""
+    """Train to the recipe's last step; raises UserError on bad input and on non-finite loss.
+
+    `watchers` are called after all callbacks of the training's own.
+    """
     device, precision = choose_device(recipe), choose_precision(recipe)
     start = prepare_run(run, recipe, corpus, device, resume=resume)
     _quiet()
@@ -56,7 +66,9 @@ def fit(
     validation = Validation(run, corpus, recorder, clock, precision)
     bar = Progress(recipe.tokens_per_step, clock, validation, progress)
     save = SaveLast(run, recipe.trainer.save_every, stop, clock)
-    trainer = _trainer(recipe, device, precision, [stop, telemetry, validation, bar, save])
+    trainer = _trainer(
+        recipe, device, precision, [stop, telemetry, validation, bar, save, *watchers]
+    )
     torch.manual_seed(recipe.seed)  # a resumed run's state comes from its checkpoint
     module = Decoder(recipe)
     if not resume:

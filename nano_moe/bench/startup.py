@@ -1,0 +1,147 @@
+"""What training costs besides its steps: the trainer around them, and the wait for the first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nano_moe
+from nano_moe import recipe_file, runs
+from nano_moe.bench.bare import BareStep
+from nano_moe.bench.recipes import recipe, text_folder
+from nano_moe.bench.report import Row
+from nano_moe.bench.timing import Budget, Spread, Timings, interleave
+from nano_moe.config import Recipe
+from nano_moe.text.store import Corpus, prepare
+from nano_moe.training.data import Windows
+from nano_moe.training.fit import fit
+from nano_moe.training.module import Decoder
+from nano_moe.training.step_callback import StepCallback
+
+OVERHEAD_TARGET = 1.03  # of a bare loop's time
+START_TARGET = 8.0  # seconds
+LONGEST_START = 120.0  # seconds until a start counts as failed
+MODEL = "8 experts top-2"  # its telemetry has more to write than a dense model's
+WORDS = 300_000
+NEVER = ("trainer.val_every=1000000", "trainer.save_every=1000000")
+
+
+# --- the trainer ---------------------------------------------------------------------------------
+
+
+def overhead(quick: bool) -> Iterator[Row]:
+    """A step of `fit`, with all its callbacks, against the same step in a bare loop."""
+    n_steps, skipped = (8, 2) if quick else (45, 5)
+    with text_folder(WORDS // 10 if quick else WORDS) as (folder, data):
+        changes = (*data, *NEVER, f"trainer.steps={n_steps}", "optim.warmup_steps=0")
+        chosen = recipe(MODEL, *changes, quick=quick)
+        corpus = _prepared(chosen)
+        bare = _bare(chosen, corpus)
+        watch = Alternate(bare)
+        run = runs.create(chosen, stem="overhead", root=folder / "checkpoints")
+        fit(run, chosen, corpus, progress=False, watchers=[watch])
+    timings = Timings({name: times[skipped:] for name, times in watch.seconds.items()})
+    ratio = timings.ratio("fit", "bare loop")
+    yield {
+        "trainer": MODEL,
+        "fit ms": timings.spread("fit").scaled(1e3),
+        "bare loop ms": timings.spread("bare loop").scaled(1e3),
+        "ratio": ratio,
+        "target": OVERHEAD_TARGET,
+        "met": ratio.median <= OVERHEAD_TARGET,
+        "rounds": timings.rounds,
+    }
+
+
+class Alternate(StepCallback):
+    """Takes a step of a bare loop, on its own weights, after each step of the trainer.
+
+    The trainer's time is all between two bare steps: its loop, its callbacks, its data.
+    """
+
+    def __init__(self, bare: BareStep):
+        self.bare = bare
+        self.seconds: dict[str, list[float]] = {"fit": [], "bare loop": []}
+        self._left: float | None = None  # when the trainer got its turn
+
+    def on_step_end(self, trainer: Any, pl_module: Any, outputs: Any) -> None:
+        arrived = time.perf_counter()
+        if trainer.global_step == trainer.max_steps:
+            return  # the last step is followed by a validation and a checkpoint, which are not ours
+        start = time.perf_counter()
+        self.bare.run(trainer.global_step)
+        end = time.perf_counter()
+        if self._left is not None:
+            self.seconds["fit"].append(arrived - self._left)
+            self.seconds["bare loop"].append(end - start)
+        self._left = time.perf_counter()
+
+
+def _bare(chosen: Recipe, corpus: Corpus) -> BareStep:
+    """A loop over the same windows as the trainer's."""
+    import torch
+
+    windows, size = Windows(corpus, chosen), chosen.trainer.batch_size
+
+    def batch(number: int) -> torch.Tensor:
+        return torch.stack([windows[number * size + i] for i in range(size)])
+
+    return BareStep(Decoder(chosen), batch)
+
+
+# --- the start -----------------------------------------------------------------------------------
+
+
+def start_up(quick: bool) -> Iterator[Row]:
+    """Seconds from `train` as a command to its first optimizer step, the text being prepared."""
+    budget = Budget(0, min_rounds=1 if quick else 5, warm_up=0 if quick else 1)
+    with text_folder(WORDS // 10 if quick else WORDS) as (folder, data):
+        chosen = recipe(MODEL, *data, *NEVER, "trainer.log_every=1", quick=quick)
+        _prepared(chosen)
+        (folder / "anchor.yaml").write_text(recipe_file.dump(chosen), encoding="utf-8")
+        timings = interleave({"train": lambda number: _first_step(folder)}, budget)
+    spread: Spread = timings.spread("train")
+    yield {
+        "start-up": MODEL,
+        "seconds": spread,
+        "target": START_TARGET,
+        "met": spread.median <= START_TARGET,
+        "rounds": timings.rounds,
+    }
+
+
+def _first_step(folder: Path) -> float:
+    """Start a training and end it as soon as its first row of metrics is there."""
+    command = [sys.executable, "-m", "nano_moe", "train", "anchor.yaml"]
+    package = str(Path(nano_moe.__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
+    before = set(folder.glob("checkpoints/*"))
+    start = time.perf_counter()
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            while not _has_row(set(folder.glob("checkpoints/*")) - before):
+                if process.poll() is not None or time.perf_counter() - start > LONGEST_START:
+                    break
+                time.sleep(0.01)
+            else:
+                return time.perf_counter() - start
+        finally:
+            process.kill()
+        _, err = process.communicate()
+    raise RuntimeError(f"{' '.join(command)}: no first step; it said: {err.decode()[-300:]}")
+
+
+def _has_row(new: set[Path]) -> bool:
+    files = [path / "metrics.csv" for path in new]
+    return any(file.exists() and file.read_bytes().count(b"\n") > 1 for file in files)
+
+
+def _prepared(chosen: Recipe) -> Corpus:
+    return prepare(chosen.data, chosen.model.vocab_size, chosen.model.context, progress=False)
