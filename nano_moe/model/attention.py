@@ -76,25 +76,32 @@ class Attention(nn.Module):
 
 
 class OnePass(torch.autograd.Function):
-    """Norm and rotation of all heads on a CPU, keeping the projection alone."""
+    """Norm and rotation of all heads on a CPU, keeping the projection alone.
+
+    The heads stay beside each other in memory, so that what comes out of attention lies as the
+    output projection wants it and is not copied.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
     ) -> Tensor:  # (B, T, H, C) -> (B, H, T, C)
         x, cos, sin = (t.contiguous() for t in (x, cos, sin))
-        y = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
-        kernels.launch(kernels.rotary_forward, x.flatten(0, 1), weight, eps, cos, sin, y)
+        y = torch.empty_like(x)
+        kernels.launch(
+            kernels.rotary_forward, x.flatten(0, 1), weight, eps, cos, sin, y.flatten(0, 1)
+        )
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.eps = eps
-        return y
+        return y.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin = ctx.saved_tensors
-        dy, dx = gradients[0].contiguous(), torch.empty_like(x)
+        dy, dx = gradients[0].transpose(1, 2).contiguous(), torch.empty_like(x)
         parts = torch.zeros(kernels.PARTS, len(weight))
         saved = (x.flatten(0, 1), weight, ctx.eps, cos, sin)
-        kernels.launch(kernels.rotary_backward, *saved, dy, dx.flatten(0, 1), parts)
+        rows = (dy.flatten(0, 1), dx.flatten(0, 1))
+        kernels.launch(kernels.rotary_backward, *saved, *rows, parts)
         return dx, parts.sum(0).to(weight.dtype), None, None, None

@@ -237,13 +237,13 @@ def _inverse_rms(row: Any, eps: Any) -> Any:
 def rotary_forward(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, y: Any) -> None:
     """Normalize each head where there is a weight, then turn it by its position.
 
-    x (B*T, H, C), weight (C,) or (0,), cos and sin (T, C), y (B, H, T, C).
+    x and y (B*T, H, C), weight (C,) or (0,), cos and sin (T, C).
     """
     half, length = x.shape[2] // 2, len(cos)
     for n in prange(len(x)):
-        b, t = n // length, n % length
+        t = n % length
         for h in range(x.shape[1]):
-            row, out = x[n, h], y[b, h, t]
+            row, out = x[n, h], y[n, h]
             scale = _inverse_rms(row, eps) if len(weight) else _f32(1)
             for i in range(half):
                 j = i + half
@@ -262,9 +262,9 @@ def rotary_backward(
     half, length, parts = x.shape[2] // 2, len(cos), len(dweight)
     for part in prange(parts):
         for n in range(part * len(x) // parts, (part + 1) * len(x) // parts):
-            b, t = n // length, n % length
+            t = n % length
             for h in range(x.shape[1]):
-                _turn_back(dy[b, h, t], cos[t], sin[t], dx[n, h], half)
+                _turn_back(dy[n, h], cos[t], sin[t], dx[n, h], half)
                 if len(weight):
                     _norm_back(x[n, h], weight, eps, dx[n, h], dweight[part])
 
