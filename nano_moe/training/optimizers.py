@@ -106,10 +106,10 @@ class MuonAdamW(torch.optim.Optimizer):
         beta1, beta2, step = group["beta1"], group["beta2"], state["step"].clamp_min(1)
         _lerp(state["exp_avg"], grad, 1 - beta1, live)
         _lerp(state["exp_avg_sq"], grad.square(), 1 - beta2, live)
-        average = state["exp_avg"] / (1 - beta1**step)
         denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update = (average / denominator).add_(parameter, alpha=group["weight_decay"])
-        parameter.sub_(update if live is None else update * live, alpha=group["lr"])
+        update = (state["exp_avg"] / (1 - beta1**step)).div_(denominator)
+        update.add_(parameter, alpha=group["weight_decay"])
+        parameter.sub_(update if live is None else update.mul_(live), alpha=group["lr"])
 
     def _muon(self, group: dict[str, Any]) -> None:
         """Nesterov momentum, orthogonalized; same-shaped matrices share one batched iteration."""
@@ -122,28 +122,21 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(parameter)
             live = _live(grad)
             _lerp(state["momentum"], grad, 1 - group["momentum"], live)
-            direction = grad.lerp(state["momentum"], group["momentum"])
-            for update in _matrices(parameter, direction, live, fused):
-                batches[update.direction.shape[-2], update.direction.shape[-1]].append(update)
+            for update in _matrices(parameter, grad, state["momentum"], live, fused):
+                batches[update.weight.shape[1], update.weight.shape[2]].append(update)
         decay = group["lr"] * group["weight_decay"]
-        for (rows, columns), updates in batches.items():
-            stacked = torch.cat([u.direction.reshape(-1, rows, columns) for u in updates])
-            dtype, piece = self._newton_schulz_dtype(stacked), _piece(stacked)
-            steps = torch.cat([orthogonalize(part, dtype) for part in stacked.split(piece)])
-            _apply(updates, steps, group["lr"] * MATCH_RMS_ADAMW * columns**0.5, decay)
+        for (_, columns), updates in batches.items():
+            dtype = self._newton_schulz_dtype(updates[0].weight)
+            for piece in _pieces(updates):
+                directions = [u.grad.lerp(u.momentum, group["momentum"]) for u in piece]
+                steps = orthogonalize(torch.cat(directions), dtype)
+                _apply(piece, steps, group["lr"] * MATCH_RMS_ADAMW * columns**0.5, decay)
 
     def _newton_schulz_dtype(self, x: Tensor) -> torch.dtype:
         if x.dtype == torch.float64:
             return torch.float64
         bf16 = self._precision == "bf16" or (self._precision == "auto" and native_bf16(x.device))
         return torch.bfloat16 if bf16 else torch.float32
-
-
-def _piece(stacked: Tensor) -> int:
-    """How many matrices to iterate on at once."""
-    if stacked.device.type != "cpu":
-        return len(stacked)
-    return max(1, NEWTON_SCHULZ_BYTES // (stacked[0].numel() * stacked.element_size()))
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,30 +153,58 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Update(NamedTuple):
-    """One matrix, or E stacked ones, on the way through the iteration; views, never copies."""
+    """Matrices on the way through the iteration, S of one parameter; views, never copies."""
 
-    weight: Tensor  # (..., m, n), written in place
-    direction: Tensor  # (..., m, n), momentum to orthogonalize
-    live: Tensor | None  # (E, 1, 1), 0 for an expert to leave alone
+    weight: Tensor  # (S, m, n), written in place
+    grad: Tensor  # (S, m, n)
+    momentum: Tensor  # (S, m, n)
+    live: Tensor | None  # (S, 1, 1), 0 for an expert to leave alone
+
+    def part(self, start: int, stop: int) -> Update:
+        cut = slice(start, stop)
+        live = None if self.live is None else self.live[cut]
+        return Update(self.weight[cut], self.grad[cut], self.momentum[cut], live)
 
 
 def _matrices(
-    parameter: Tensor, direction: Tensor, live: Tensor | None, fused: bool
+    parameter: Tensor, grad: Tensor, momentum: Tensor, live: Tensor | None, fused: bool
 ) -> Iterator[Update]:
     """Split a fused gate_up product in two, and lay every matrix with m <= n."""
     pieces = 2 if fused else 1
-    pairs = zip(parameter.chunk(pieces, dim=-2), direction.chunk(pieces, dim=-2), strict=True)
-    for weight, piece in pairs:
-        if weight.shape[-2] > weight.shape[-1]:
-            weight, piece = weight.mT, piece.mT
-        yield Update(weight, piece, live)
+    tall = parameter.shape[-2] // pieces > parameter.shape[-1]
+    stacks = (x if x.ndim == 3 else x.unsqueeze(0) for x in (parameter, grad, momentum))
+    for views in zip(*(x.chunk(pieces, dim=-2) for x in stacks), strict=True):
+        weight, gradient, average = (view.mT if tall else view for view in views)
+        yield Update(weight, gradient, average, live)
+
+
+def _pieces(updates: list[Update]) -> Iterator[list[Update]]:
+    """As many matrices at once as the cache holds, of several parameters or a part of one's."""
+    weight = updates[0].weight
+    most = max(1, NEWTON_SCHULZ_BYTES // (weight[0].numel() * weight.element_size()))
+    if weight.device.type != "cpu":
+        most = sum(len(update.weight) for update in updates)
+    piece: list[Update] = []
+    room = most
+    for update in updates:
+        start, end = 0, len(update.weight)
+        while start < end:
+            stop = min(start + room, end)
+            piece.append(update.part(start, stop))
+            room, start = room - (stop - start), stop
+            if room == 0:
+                yield piece
+                piece, room = [], most
+    if piece:
+        yield piece
 
 
 def _live(grad: Tensor) -> Tensor | None:
     """For stacked experts (E, m, n): which got any gradient, (E, 1, 1); else None."""
     if grad.ndim < 3:
         return None
-    return (grad.abs().amax(dim=(-2, -1), keepdim=True) > 0).to(grad.dtype)
+    largest, smallest = (f(grad, dim=(-2, -1), keepdim=True) for f in (torch.amax, torch.amin))
+    return ((largest > 0) | (smallest < 0)).to(grad.dtype)
 
 
 def _lerp(average: Tensor, value: Tensor, weight: float, live: Tensor | None) -> None:
@@ -191,11 +212,9 @@ def _lerp(average: Tensor, value: Tensor, weight: float, live: Tensor | None) ->
 
 
 def _apply(updates: list[Update], steps: Tensor, scale: float, decay: float) -> None:
-    start = 0
-    for weight, direction, live in updates:
-        n = direction.numel() // (direction.shape[-2] * direction.shape[-1])
-        step = steps[start : start + n].view(direction.shape).to(weight.dtype)
-        start += n
+    sizes = [len(update.weight) for update in updates]
+    for (weight, _, _, live), step in zip(updates, steps.split(sizes), strict=True):
+        step = step.to(weight.dtype)
         if live is None:
             weight.mul_(1 - decay).sub_(step, alpha=scale)
         else:
