@@ -75,6 +75,13 @@ class Decoder(L.LightningModule):
         if self.balancing is not None:
             self.balancing.step(self.model.routers)
 
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """Step, and free the gradients at once: the next forward pass needs their room."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     def configure_gradient_clipping(
         self,
         optimizer: Any,
