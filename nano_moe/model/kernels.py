@@ -23,8 +23,9 @@ from torch import Tensor, nn
 # Sums may be reordered and products contracted, but NaN and infinity keep their meaning.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 _kernel = njit(parallel=True, fastmath=_FAST, cache=True)
-_inlined = njit(inline="always", fastmath=_FAST)
 PARTS = 32  # S; more than any CPU we expect has cores to keep busy
+# Inlined by LLVM: numba's own inlining (0.68) dropped the second of two writes in one kernel.
+_INLINE = {"forceinline": True, "fastmath": _FAST}
 _f32, _u32, _i32 = np.float32, np.uint32, np.int32
 
 
@@ -45,9 +46,15 @@ def array(x: Tensor) -> np.ndarray[Any, Any]:
 
 
 def launch(kernel: Any, *arguments: Tensor | float) -> None:
-    """Run a kernel on the tensors' memory with as many threads as PyTorch uses."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    """Run a kernel on the tensors' memory with as many threads as PyTorch uses.
+
+    Both count theirs in one OpenMP runtime, where numba's first launch writes its own number.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     kernel(*(array(a) if isinstance(a, Tensor) else _f32(a) for a in arguments))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @intrinsic
@@ -70,7 +77,7 @@ def _read(row, j):
     """row[j] as a float32."""
 
 
-@overload(_read, inline="always")
+@overload(_read, jit_options=_INLINE)
 def _overload_read(row, j):
     if row.dtype == types.uint16:
         return lambda row, j: _from_bits(_u32(row[j]) << _u32(16))
@@ -81,7 +88,7 @@ def _write(row, j, value):
     """row[j] = value, rounded to the nearest, ties to even."""
 
 
-@overload(_write, inline="always")
+@overload(_write, jit_options=_INLINE)
 def _overload_write(row, j, value):
     if row.dtype == types.uint16:
 
@@ -97,7 +104,7 @@ def _overload_write(row, j, value):
     return write_float
 
 
-@_inlined
+@njit(**_INLINE)
 def _exp(x: Any) -> Any:
     """e^x to two units in the last place on [-87, 88], and its value at the bound beyond them.
 
@@ -171,7 +178,7 @@ def place(ids: Any, weights: Any, starts: Any, dest: Any, token: Any, weight: An
                 weight[row] = weights[n, k]
 
 
-@njit(inline="always", fastmath=_FAST | {"nnan"})
+@njit(forceinline=True, fastmath=_FAST | {"nnan"})
 def _largest(row: Any) -> Any:
     """Of a row without NaN; with one it is any of the others, and the sum of exponents is NaN."""
     largest = _f32(-np.inf)
@@ -225,7 +232,7 @@ def rms_norm_backward(x: Any, weight: Any, eps: Any, dy: Any, dx: Any, dweight: 
             _norm_back(x[m], weight, eps, dx[m], dweight[part])
 
 
-@_inlined
+@njit(**_INLINE)
 def _inverse_rms(row: Any, eps: Any) -> Any:
     total = _f32(0)
     for j in range(len(row)):
@@ -269,7 +276,7 @@ def rotary_backward(
                     _norm_back(x[n, h], weight, eps, dx[n, h], dweight[part])
 
 
-@_inlined
+@njit(**_INLINE)
 def _turn_back(given: Any, cos: Any, sin: Any, out: Any, half: Any) -> None:
     for i in range(half):
         j = i + half
@@ -278,7 +285,7 @@ def _turn_back(given: Any, cos: Any, sin: Any, out: Any, half: Any) -> None:
         _write(out, j, two * cos[j] - one * sin[i])
 
 
-@_inlined
+@njit(**_INLINE)
 def _norm_back(row: Any, weight: Any, eps: Any, out: Any, dweight: Any) -> None:
     """`out` holds the gradient of the normalized row, and then that of the row."""
     scale, along = _inverse_rms(row, eps), _f32(0)
