@@ -65,9 +65,12 @@ def text_folder(n_words: int) -> Iterator[tuple[Path, Sequence[str]]]:
         folder = Path(name)
         file = folder / "words.txt"
         file.write_text(random_text(n_words), encoding="utf-8")
-        yield folder, (
-            f"data.files={json.dumps(str(file))}",
-            f"data.cache={json.dumps(str(folder / 'data'))}",
+        yield (
+            folder,
+            (
+                f"data.files={json.dumps(str(file))}",
+                f"data.cache={json.dumps(str(folder / 'data'))}",
+            ),
         )
 
 
