@@ -27,7 +27,7 @@ plain = $(if $(strip $(OVERRIDES)),$(error make $@ takes no recipe fields: $(str
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train resume eval sample count show compare prepare tensorboard \
-	test test-all lint types format
+	test test-all bench lint types format
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ test: $(STAMP) ## the fast tests
 
 test-all: $(STAMP) ## all tests, slow ones too
 	@$(BIN)/pytest -m 'not gpu' $(call given,ARGS)
+
+bench: $(STAMP) ## time layers, steps, other libraries, optimizer and input here (15 minutes)
+	$(plain)@for name in layer step peers optimizer data; do $(NANO) bench $$name $(call given,ARGS) || exit; done
 
 lint: $(STAMP) ## ruff and the format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -9,7 +9,7 @@ Shapes: N tokens, D d_model, E experts, K top_k, F expert hidden width, n rows o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from nano_moe.model.experts import DISPATCH
 from nano_moe.model.ffn import FFN
 from nano_moe.model.moe import MoE
 
+M = TypeVar("M", bound=nn.Module)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DENSE = ("dense, fused", "dense, separate")
 FLOORS = ("floor, loop", "floor, batched")
@@ -31,8 +32,8 @@ NOTES = (
     "ratio: time over the dense FFN's (the faster of fused and separate gate/up products) in the "
     "same round; dense hidden width = top_k x expert hidden width, so equal active FLOPs but for "
     "the router, which only the sparse layers compute.",
-    "floor: the six bare products of each expert, nothing else (the faster of a loop of mm over the "
-    "round's own counts and one bmm over equal ones); of floor: its time over the case's.",
+    "floor: the six bare products of each expert, nothing else (the faster of a loop of mm over "
+    "the round's own counts and one bmm over equal ones); of floor: its time over the case's.",
     "bf16: float32 weights and tokens under CPU autocast, as in training.",
 )
 
@@ -134,8 +135,7 @@ class Trial:
         with torch.no_grad():
             self.x.normal_(generator=self.generator)
             self.x += SKEW * torch.randn(self.x.shape[-1], generator=self.generator)
-            _, routing = self.sparse(self.x)
-        self.floor.counts = routing.counts.tolist()
+            self.floor.counts = self.sparse.router(self.x).counts.tolist()
 
     def _dispatches(self) -> dict[str, Case]:
         """Every backend that runs here, each on weights of its own, all equal."""
@@ -217,7 +217,7 @@ class Floor:
 
 
 @torch.no_grad()
-def _drawn(module: nn.Module) -> nn.Module:
+def _drawn(module: M) -> M:
     """All weights from N(0, 0.05), a usual scale."""
     generator = torch.Generator().manual_seed(1)
     for parameter in module.parameters():

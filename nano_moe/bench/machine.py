@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from pathlib import Path
@@ -11,14 +12,23 @@ import torch
 
 from nano_moe.device import native_bf16
 from nano_moe.errors import UserError
+from nano_moe.memory import keep_freed_memory
 
 
-def use_threads(threads: int) -> None:
-    """Let torch's products use so many threads; raises UserError for more than there are cores."""
-    cores = n_cores()
-    if not 1 <= threads <= cores:
-        raise UserError(f"--threads {threads}: from 1 to {cores}, the cores of this machine")
+def get_ready(threads: int | None) -> None:
+    """Set the process up as a training is; raises UserError for more threads than cores."""
+    allocator()
+    if threads is None:
+        return
+    if not 1 <= threads <= n_cores():
+        raise UserError(f"--threads {threads}: there are 1 to {n_cores()} to choose from here")
     torch.set_num_threads(threads)
+
+
+@functools.cache
+def allocator() -> str:
+    """What becomes of freed memory, after asking the C library to keep it, as training does."""
+    return "keeps freed memory" if keep_freed_memory() else "the C library's default"
 
 
 def n_cores() -> int:
@@ -37,6 +47,7 @@ def describe_machine() -> dict[str, Any]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "allocator": allocator(),
         "bf16_native": native_bf16(torch.device("cpu")),
     }
 

@@ -10,6 +10,8 @@ from nano_moe.bench.recipes import DECODERS, RandomTokens, recipe
 from nano_moe.bench.report import Report, Row
 from nano_moe.bench.startup import overhead, start_up
 from nano_moe.bench.timing import QUICK, Budget, Timings, interleave
+from nano_moe.model.ffn import FFN
+from nano_moe.model.gpt import Block
 from nano_moe.training.module import Decoder
 
 SEPARATE = "dense, gate and up apart"
@@ -66,5 +68,6 @@ def _step(name: str, precision: str, quick: bool) -> BareStep:
     module = Decoder(chosen)
     if name == SEPARATE:
         for block in module.model.blocks:
+            assert isinstance(block, Block) and isinstance(block.ffn, FFN)
             block.ffn = SeparateFFN(block.ffn)
     return BareStep(module, RandomTokens(chosen))

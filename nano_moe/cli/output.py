@@ -12,8 +12,8 @@ from nano_moe.accounting import Count
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """One JSON object; figures that are not finite become null."""
-    json.dump(_finite(content), sys.stdout, indent=2)
+    """One JSON object on stdout."""
+    json.dump(finite(content), sys.stdout, indent=2)
     sys.stdout.write("\n")
 
 
@@ -88,11 +88,12 @@ def figure(value: float | None, digits: int = 4) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """What JSON can say of it: figures that are not finite become null."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     if isinstance(content, float) and not math.isfinite(content):
         return None
     return content

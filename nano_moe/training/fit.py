@@ -63,7 +63,9 @@ def fit(
     validation = Validation(run, corpus, recorder, clock, precision)
     bar = Progress(recipe.tokens_per_step, clock, validation, progress)
     save = SaveLast(run, recipe.trainer.save_every, stop, clock)
-    trainer = _trainer(recipe, device, precision, [stop, telemetry, validation, bar, save, *watchers])
+    trainer = _trainer(
+        recipe, device, precision, [stop, telemetry, validation, bar, save, *watchers]
+    )
     torch.manual_seed(recipe.seed)  # a resumed run's state comes from its checkpoint
     module = Decoder(recipe)
     if not resume:

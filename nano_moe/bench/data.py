@@ -1,0 +1,51 @@
+"""The input pipeline against what the anchor's dense decoder, the fastest consumer, takes."""
+
+from __future__ import annotations
+
+from nano_moe.bench.bare import BareStep
+from nano_moe.bench.recipes import RandomTokens, recipe, text_folder
+from nano_moe.bench.report import Report, Row
+from nano_moe.bench.timing import QUICK, Budget, Case, interleave
+from nano_moe.text.store import prepare
+from nano_moe.training.data import TokenData
+from nano_moe.training.module import Decoder
+
+INPUT = "input pipeline"
+WORDS = 300_000
+
+NOTES = (
+    "input pipeline: the training's own data loader over prepared tokens on disk, in this process; "
+    "of step: the pipeline's time over that of the step, which waits for it.",
+)
+
+
+def data(quick: bool) -> Report:
+    budget = QUICK if quick else Budget(seconds=20, max_rounds=200)
+    with text_folder(WORDS // 10 if quick else WORDS) as (_, overrides):
+        chosen = recipe("dense", *overrides, quick=quick)
+        model = chosen.model
+        corpus = prepare(chosen.data, model.vocab_size, model.context, progress=False)
+        batches = iter(TokenData(corpus, chosen).train_dataloader())
+
+        def read(number: int) -> None:
+            next(batches)
+
+        cases: dict[str, Case] = {INPUT: read}
+        cases |= {f"step, {name}": _step(name, quick) for name in ("fp32", "bf16")}
+        timings = interleave(cases, budget)
+    rows: list[Row] = [
+        {
+            "case": case,
+            "ms": timings.spread(case).scaled(1e3),
+            "tokens/s": round(chosen.tokens_per_step / timings.spread(case).median),
+            "pipeline of step": None if case == INPUT else timings.ratio(INPUT, case),
+            "rounds": timings.rounds,
+        }
+        for case in cases
+    ]
+    return Report("The input pipeline", rows, NOTES)
+
+
+def _step(precision: str, quick: bool) -> Case:
+    chosen = recipe("dense", f"trainer.precision={precision}", quick=quick)
+    return BareStep(Decoder(chosen), RandomTokens(chosen)).run
