@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nano_moe import memory
+
 WORKER = Path(__file__).with_name("peer_worker.py")
 PACKAGE = WORKER.parent.parent.parent  # the folder from which nano_moe is imported
 PATIENCE = 300.0  # seconds for one answer: no request takes a tenth of that
@@ -93,9 +95,11 @@ class Peer:
 
 
 def _environment(side: str) -> dict[str, str]:
-    """This one's, but no folder of ours gets in the way of another environment's modules."""
+    """This one's, with freed memory kept on every side, and no module of ours in another's way."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment["PYTHONSAFEPATH"] = "1"  # else files beside the worker would hide modules
+    # What keep_freed_memory asks of glibc, for a process that cannot import it.
+    environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(memory.LARGEST)}
     if side == "ours":
         environment["PYTHONPATH"] = str(PACKAGE)
     return environment

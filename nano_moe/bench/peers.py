@@ -39,7 +39,8 @@ ENVIRONMENT = (
 NOTES = (
     "ours / peer: our tokens per second over the peer's, within a round; above 1 we are faster.",
     "A step: forward, loss, backward, torch.optim.AdamW(fused=True), zero_grad; float32 weights, "
-    "bf16 under autocast; gradients are not clipped, nothing goes through torch.compile.",
+    "bf16 under autocast; gradients are not clipped, nothing goes through torch.compile. Every "
+    "side's C library keeps freed memory, as in our training.",
     "The load-balancing loss is in ours and transformers'; litgpt has none, ours keeps it there.",
     "Choices: the fastest of some steps of each; a peer runs with those taken.",
 )
