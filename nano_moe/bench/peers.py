@@ -27,7 +27,8 @@ from nano_moe.config import Recipe
 from nano_moe.errors import UserError
 
 PRECISIONS = ("fp32", "bf16")
-ROUNDS = Budget(seconds=12, min_rounds=5, warm_up=1)
+ROUNDS = Budget(seconds=10, min_rounds=5, warm_up=0)  # every side has taken steps before
+A_LOOK = Budget(seconds=1.5, min_rounds=1, warm_up=0)
 A_TURN = 0.4  # seconds of steps that a side takes before the next one's turn
 TOO_SLOW = 5.0  # a choice this many times slower than the best so far is not tried again
 LITGPT = "litgpt==0.5.13"
@@ -42,7 +43,7 @@ NOTES = (
     "bf16 under autocast; gradients are not clipped, nothing goes through torch.compile. Every "
     "side's C library keeps freed memory, as in our training.",
     "The load-balancing loss is in ours and transformers'; litgpt has none, ours keeps it there.",
-    "Choices: the fastest of some steps of each; a peer runs with those taken.",
+    "Choices: each in turn beside the best of those before; a peer runs with those taken.",
 )
 
 
@@ -182,39 +183,46 @@ def try_choices(peer: Peer, about: dict[str, Any], precision: str, quick: bool) 
     rows: list[Row] = []
     taken = {choice: values[0] for choice, values in about["choices"].items()}
     for choice, values in about["choices"].items():
-        refused = about["refused"].setdefault(choice, {})  # value -> why; it grows
-        ms: dict[str, float] = {}
-        for value in (value for value in values if value not in refused):
-            best = min(ms.values(), default=math.inf)
-            peer.use(precision, taken | {choice: value})
-            try:
-                ms[value] = fastest_ms(peer, TOO_SLOW * best, quick)
-            except PeerFault as fault:
-                refused[value] = str(fault)
-            else:
-                if ms[value] > TOO_SLOW * best and not quick:
-                    refused[value] = f"{ms[value] / best:.0f} times slower in {precision}"
-        if not ms:
-            raise PeerFault(peer.side, "; ".join(refused.values()))
-        taken[choice] = min(ms, key=lambda value: ms[value])
+        refused = about["refused"].setdefault(choice, {})  # value -> why, for all precisions
+        cases = {v: step_with(peer, precision, taken | {choice: v}) for v in values}
+        weed_out(peer, cases, refused, precision)
+        left = {value: case for value, case in cases.items() if value not in refused}
+        timings = interleave(left, QUICK if quick else A_LOOK)
+        taken[choice] = timings.fastest(list(left))
         for value in values:
-            figures: Row = {"ms": ms.get(value), "taken": value == taken[choice]}
-            rows.append({"choice": f"{choice}={value}", **figures, "because": refused.get(value)})
+            ms = timings.spread(value).scaled(1e3) if value in left else None
+            found: Row = {"choice": f"{choice}={value}", "ms": ms, "taken": value == taken[choice]}
+            rows.append(found | {"because": refused.get(value)})
     peer.use(precision, taken)
     return rows
 
 
-def fastest_ms(peer: Peer, limit: float, quick: bool) -> float:
-    """Milliseconds of the fastest of a turn's steps; of the first, where that is over the limit."""
-    first = peer.steps(1)[0]
-    if quick or first * 1e3 > limit:
-        return first * 1e3
-    return min(peer.steps(turn(first))) * 1e3
+def step_with(peer: Peer, precision: str, choices: Mapping[str, str]) -> Callable[[int], float]:
+    """Seconds of one step so."""
+
+    def step(number: int) -> float:
+        peer.use(precision, choices)
+        return peer.steps(1)[0]
+
+    return step
 
 
-def turn(seconds_per_step: float) -> int:
-    """Steps in one turn."""
-    return max(1, round(A_TURN / seconds_per_step))
+def weed_out(
+    peer: Peer, cases: Mapping[str, Callable[[int], float]], refused: dict[str, str], precision: str
+) -> None:
+    """Refuses values that have a fault or are far too slow; raises PeerFault if none is left."""
+    best = math.inf
+    for value in [value for value in cases if value not in refused]:
+        try:
+            seconds = cases[value](0)
+        except PeerFault as fault:
+            refused[value] = str(fault)
+            continue
+        if seconds > TOO_SLOW * best:
+            refused[value] = f"{seconds / best:.0f} times slower in {precision}"
+        best = min(best, seconds)
+    if len(refused) == len(cases):
+        raise PeerFault(peer.side, "; ".join(refused.values()))
 
 
 def compare(entered: Contest, precision: str, quick: bool) -> list[Row]:
@@ -232,6 +240,11 @@ def measure(entered: Contest, quick: bool) -> Timings:
             return interleave(cases, QUICK if quick else ROUNDS)
         except PeerFault as fault:
             entered.drop(fault)
+
+
+def turn(seconds_per_step: float) -> int:
+    """Steps in one turn."""
+    return max(1, round(A_TURN / seconds_per_step))
 
 
 def in_turn(peer: Peer, steps: int) -> Callable[[int], float]:

@@ -118,6 +118,7 @@ def test_a_peer_is_left_at_the_fastest_of_its_choices(start):
     rows = {row["choice"]: row for row in peers.try_choices(peer, about, "fp32", quick=False)}
     assert {c for c, row in rows.items() if row["taken"]} == {"experts=b", "attention=c"}
     assert peer.steps(1) == [pytest.approx(1.4)]
+    assert rows["experts=b"]["ms"] == pytest.approx([1400] * 3)
     assert rows["experts=faulty"]["ms"] is None
     assert rows["experts=faulty"]["because"] == "RuntimeError: not here"
     assert rows["experts=slow"]["because"] == "61 times slower in fp32"
