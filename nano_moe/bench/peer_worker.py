@@ -139,18 +139,11 @@ def litgpt(model: dict[str, Any], batch_size: int) -> Side:
     gpt.apply(gpt._init_weights)
     if model["tie_embeddings"]:
         gpt.transformer.wte.weight = gpt.lm_head.weight
-    chunk = {"in chunks": 128, "whole": 0}
-    chosen_chunk = chunk["whole"]
 
-    def use(chosen: dict[str, str]) -> None:
-        nonlocal chosen_chunk
-        chosen_chunk = chunk[chosen["cross-entropy"]]
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:  # as litgpt's own pretraining
+        return chunked_cross_entropy(gpt(tokens), targets)
 
-    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        return chunked_cross_entropy(gpt(tokens), targets, chunk_size=chosen_chunk)
-
-    name = f"litgpt {version('litgpt')} {gpt.config.mlp_class_name}"
-    return Side(name, gpt, loss, {"cross-entropy": list(chunk)}, use=use)
+    return Side(f"litgpt {version('litgpt')} {gpt.config.mlp_class_name}", gpt, loss)
 
 
 def _litgpt_fields(model: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Every side runs in a process of its own (`peer_worker.py`), in the interpreter that has its library;
 all are asked in turn, one at a time, so only one computes. Optimizer, precision, batch, vocabulary
-and parameter count are the same. Each peer first measures its own choices (how it dispatches to
-experts, attends, computes the loss), and runs with the fastest.
+and parameter count are the same. A peer that has a choice (how it dispatches to experts, attends)
+measures that first, and runs with the fastest.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from nano_moe.config import Recipe
 from nano_moe.errors import UserError
 
 PRECISIONS = ("fp32", "bf16")
-ROUNDS = Budget(seconds=10, min_rounds=5, warm_up=0)  # every side has taken steps before
-A_LOOK = Budget(seconds=1.5, min_rounds=1, warm_up=0)
+ROUNDS = Budget(seconds=10, min_rounds=4, warm_up=0)  # every side has taken steps before
+A_LOOK = Budget(seconds=1.5, min_rounds=1, warm_up=0)  # where one step takes less than this
 A_TURN = 0.4  # seconds of steps that a side takes before the next one's turn
 TOO_SLOW = 5.0  # a choice this many times slower than the best so far is not tried again
 LITGPT = "litgpt==0.5.13"
@@ -182,15 +182,19 @@ def try_choices(peer: Peer, about: dict[str, Any], precision: str, quick: bool) 
     """One choice after the other, each beside the best of those before; raises PeerFault."""
     rows: list[Row] = []
     taken = {choice: values[0] for choice, values in about["choices"].items()}
+    with contextlib.suppress(PeerFault):  # which shows again below
+        step_with(peer, precision, taken)(0)  # the first in a precision is slow
     for choice, values in about["choices"].items():
         refused = about["refused"].setdefault(choice, {})  # value -> why, for all precisions
         cases = {v: step_with(peer, precision, taken | {choice: v}) for v in values}
-        weed_out(peer, cases, refused, precision)
-        left = {value: case for value, case in cases.items() if value not in refused}
-        timings = interleave(left, QUICK if quick else A_LOOK)
-        taken[choice] = timings.fastest(list(left))
+        once = weed_out(peer, cases, refused, precision)
+        timings = Timings({value: [seconds] for value, seconds in once.items()})
+        if min(once.values()) < A_LOOK.seconds:
+            left = {value: cases[value] for value in once}
+            timings = interleave(left, QUICK if quick else A_LOOK)
+        taken[choice] = timings.fastest(list(once))
         for value in values:
-            ms = timings.spread(value).scaled(1e3) if value in left else None
+            ms = timings.spread(value).scaled(1e3) if value in once else None
             found: Row = {"choice": f"{choice}={value}", "ms": ms, "taken": value == taken[choice]}
             rows.append(found | {"because": refused.get(value)})
     peer.use(precision, taken)
@@ -209,20 +213,26 @@ def step_with(peer: Peer, precision: str, choices: Mapping[str, str]) -> Callabl
 
 def weed_out(
     peer: Peer, cases: Mapping[str, Callable[[int], float]], refused: dict[str, str], precision: str
-) -> None:
-    """Refuses values that have a fault or are far too slow; raises PeerFault if none is left."""
-    best = math.inf
+) -> dict[str, float]:
+    """Seconds of a first step with each value that neither has a fault nor is far too slow.
+
+    Adds the others to `refused`, with the reason; raises PeerFault if none is left.
+    """
+    once: dict[str, float] = {}
     for value in [value for value in cases if value not in refused]:
         try:
             seconds = cases[value](0)
         except PeerFault as fault:
             refused[value] = str(fault)
             continue
+        best = min(once.values(), default=math.inf)
         if seconds > TOO_SLOW * best:
             refused[value] = f"{seconds / best:.0f} times slower in {precision}"
-        best = min(best, seconds)
-    if len(refused) == len(cases):
+        else:
+            once[value] = seconds
+    if not once:
         raise PeerFault(peer.side, "; ".join(refused.values()))
+    return once
 
 
 def compare(entered: Contest, precision: str, quick: bool) -> list[Row]:
@@ -235,7 +245,7 @@ def measure(entered: Contest, quick: bool) -> Timings:
     """Seconds per step of all sides that last to the end."""
     while True:
         try:
-            steps = 1 if quick else turn(min(entered.sides["ours"].steps(2)))
+            steps = 1 if quick else turn(entered.sides["ours"].steps(1)[0])
             cases = {side: in_turn(peer, steps) for side, peer in entered.sides.items()}
             return interleave(cases, QUICK if quick else ROUNDS)
         except PeerFault as fault:

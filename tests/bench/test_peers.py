@@ -111,7 +111,7 @@ def test_leaving_ends_the_process(start):
 
 
 def test_a_peer_is_left_at_the_fastest_of_its_choices(start):
-    choices = {"experts": ["a", "slow", "faulty", "b"], "attention": ["c", "d"]}
+    choices = {"experts": ["faulty", "a", "slow", "b"], "attention": ["c", "d"]}
     costs = {"a": 0.2, "b": 0.1, "slow": 90.0, "c": 0.3, "d": 0.4}
     peer = start("transformers", choices=choices, costs=costs)
     about = peer.wait()
