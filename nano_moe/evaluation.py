@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from nano_moe.model.balance import load_statistics, mutual_information, router_entropy
-from nano_moe.model.gpt import GPT, cross_entropy
+from nano_moe.model.gpt import GPT
+from nano_moe.model.loss import cross_entropy
 from nano_moe.model.routing import Routing
 from nano_moe.text.store import Corpus
 from nano_moe.text.windows import EvalWindows

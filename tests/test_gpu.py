@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nano_moe.config import MLAConfig
-from nano_moe.model.gpt import GPT, cross_entropy, init_weights
+from nano_moe.model.gpt import GPT, init_weights
+from nano_moe.model.loss import cross_entropy
 
 pytestmark = [
     pytest.mark.gpu,

@@ -22,7 +22,8 @@ from nano_moe.config import MoEConfig, OptimConfig
 from nano_moe.evaluation import evaluate
 from nano_moe.model.balance import load_balancing_loss, load_statistics, updated_expert_bias
 from nano_moe.model.experts import Experts, grouped, loop
-from nano_moe.model.gpt import GPT, cross_entropy, init_weights
+from nano_moe.model.gpt import GPT, init_weights
+from nano_moe.model.loss import cross_entropy
 from nano_moe.model.moe import MoE
 from nano_moe.model.ops import RMSNorm
 from nano_moe.model.router import Router

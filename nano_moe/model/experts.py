@@ -13,7 +13,6 @@ from nano_moe.model.fused import fused
 from nano_moe.model.ops import ACTIVATIONS, Activation, compute_dtype, swiglu
 from nano_moe.model.routing import Routing, carried_out
 
-FUSED_FROM = 300_000  # numbers gathered per expert; below it grouped products were faster
 ALIGNMENT = 8  # grouped products want rows of whole 16 bytes: 8 numbers of bf16
 
 
@@ -34,14 +33,13 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:  # (N, D) -> (N, D)
         first = self.gate_up if self.gated else self.up
-        dispatch = DISPATCH[self._choose(x, routing) if self.backend == "auto" else self.backend]
+        dispatch = DISPATCH[self._choose(x) if self.backend == "auto" else self.backend]
         return dispatch(x, routing, first, self.down, self.activation)
 
-    def _choose(self, x: Tensor, routing: Routing) -> str:
-        """Grouped products where they can run; on a CPU with enough work per expert, fused."""
+    def _choose(self, x: Tensor) -> str:
+        """Fused on a CPU; elsewhere, and under the compiler, grouped products where they can."""
         dtype, compiling = compute_dtype(x), torch.compiler.is_compiling()
-        gathered = routing.ids.numel() * x.shape[-1]
-        if x.device.type == "cpu" and not compiling and gathered >= FUSED_FROM * len(self.down):
+        if x.device.type == "cpu" and not compiling and type(x) is Tensor:
             return "fused"
         aligned = self.down.shape[-1] % ALIGNMENT == 0
         exists = dtype != torch.float64 and not (compiling and dtype == torch.float32)

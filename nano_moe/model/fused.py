@@ -1,23 +1,49 @@
-"""Experts one after the other while their rows are in the cache: for CPUs.
+"""Experts a few at a time while their rows are in the cache: for CPUs.
 
 One autograd function with a backward of its own. It keeps the first products' outputs and nothing
 else: rows are gathered again and activations computed again in the backward pass, and the routing
 weight's gradient comes from the hidden layer, h . (dy @ down), without the expert's output.
 
-Shapes: N tokens, D d_model, E experts, K top_k, F expert hidden width, n rows of one expert.
+Experts of similar load share one batched product, padded to the largest of them with rows of
+weight 0. In bf16 the padding also rounds up, and chunks have 1, 2, 4, … experts: a product of a new
+shape is compiled on its first use, in the time of twenty such products, so shapes must be few.
+
+Shapes: N tokens, D d_model, E experts, K top_k, F expert hidden width, M rows in all, e experts of
+one chunk, C rows of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from nano_moe.model import kernels
 from nano_moe.model.ops import Activation, compute_dtype, swiglu
 from nano_moe.model.routing import Routing, carried_out
+
+CHUNK_BYTES = {torch.bfloat16: 64 * 2**20}  # a large chunk: its products share one call's cost
+CACHE_BYTES = 4 * 2**20  # of any other dtype: a chunk that stays in the cache
+SPARE, SPARE_ROWS = 1.25, 64  # of padding at most: a share of the rows, and rows per expert
+
+
+class Chunk(NamedTuple):
+    """Experts [first, last) with `rows` rows each, from row `start` on."""
+
+    first: int
+    last: int
+    rows: int
+    start: int
+
+    @property
+    def all_rows(self) -> slice:
+        return slice(self.start, self.start + (self.last - self.first) * self.rows)
+
+    def split(self, x: Tensor) -> Tensor:  # (e*C, ...) -> (e, C, ...)
+        return x.view(self.last - self.first, self.rows, -1)
 
 
 def fused(
@@ -25,13 +51,44 @@ def fused(
 ) -> Tensor:
     """x (N, D), first (E, 2F or F, D), down (E, D, F); (N, D) in the dtype of `x`."""
     dtype, (ids, counts) = compute_dtype(x), carried_out(routing)
-    order = ids.argsort(stable=True)  # (N*K,), dropped ones last
+    row_bytes = dtype.itemsize * (first.shape[1] + 2 * down.shape[2] + x.shape[1])
+    most = CHUNK_BYTES.get(dtype, CACHE_BYTES) // row_bytes
+    chunks = plan(counts.tolist(), most, dtype)
     operands = (x.to(dtype), routing.weights, first.to(dtype), down.to(dtype))
-    return ExpertByExpert.apply(*operands, order, counts.tolist(), activation is swiglu).to(x.dtype)
+    y = InChunks.apply(*operands, ids.view_as(routing.ids), chunks, activation is swiglu)
+    return y.to(x.dtype)
 
 
-class ExpertByExpert(torch.autograd.Function):
-    """sum_k weight_k * expert_k(x), summed in at least float32."""
+def plan(counts: list[int], most: int, dtype: torch.dtype) -> list[Chunk]:
+    """Neighbouring experts with rows: 2^i of them per chunk, of up to `most` rows if above one."""
+    rows = [_padded(count) if dtype == torch.bfloat16 else count for count in counts]
+    chunks: list[Chunk] = []
+    expert = start = 0
+    while expert < len(rows):
+        n = 2 ** ((len(rows) - expert).bit_length() - 1)
+        while n > 1 and not _fit(rows[expert : expert + n], counts[expert : expert + n], most):
+            n //= 2
+        widest = max(rows[expert : expert + n])
+        if widest:
+            chunks.append(Chunk(expert, expert + n, widest, start))
+        expert, start = expert + n, start + n * widest
+    return chunks
+
+
+def _padded(count: int) -> int:
+    """The next multiple of 32 or, beyond 512, of an eighth of the power of two below it."""
+    step = max(32, 2 ** (max(count - 1, 0).bit_length() - 4))
+    return -(-count // step) * step
+
+
+def _fit(rows: list[int], counts: list[int], most: int) -> bool:
+    """Whether these experts may share a product: all have rows, and few would be padding."""
+    padded = len(rows) * max(rows)
+    return min(rows) > 0 and padded <= min(most, SPARE * sum(counts) + len(rows) * SPARE_ROWS)
+
+
+class InChunks(torch.autograd.Function):
+    """sum_k weight_k * expert_k(x)."""
 
     @staticmethod
     def forward(
@@ -40,67 +97,97 @@ class ExpertByExpert(torch.autograd.Function):
         weights: Tensor,
         first: Tensor,
         down: Tensor,
-        order: Tensor,
-        counts: list[int],
+        ids: Tensor,
+        chunks: list[Chunk],
         gated: bool,
     ) -> Tensor:
-        token, weight = order // weights.shape[1], weights.flatten()[order].to(x.dtype)
-        y = torch.zeros(x.shape, dtype=weights.dtype)
-        kept = x.new_empty(sum(counts), first.shape[1])
-        for expert, rows in _slices(counts):
-            product = kept[rows]
-            torch.mm(x[token[rows]], first[expert].T, out=product)
-            hidden = _activate(product, gated).mul_(weight[rows].unsqueeze(-1))
-            y.index_add_(0, token[rows], (hidden @ down[expert].T).to(y.dtype))
-        ctx.save_for_backward(x, weights, first, down, order, kept)
-        ctx.counts, ctx.gated = counts, gated
-        return y
+        dest, token, weight = _lay_out(ids, weights, chunks, len(first))
+        kept = x.new_empty(len(token) - 1, first.shape[1])  # (M, 2F or F)
+        rows = x.new_empty(len(token), x.shape[1])  # (M + 1, D)
+        rows[-1] = 0  # where dropped assignments point
+        for chunk in chunks:
+            own, experts = chunk.all_rows, slice(chunk.first, chunk.last)
+            gathered = chunk.split(x.index_select(0, token[own]))
+            torch.bmm(gathered, first[experts].mT, out=chunk.split(kept[own]))
+            hidden = _activate(kept[own], weight[own], gated)
+            torch.bmm(chunk.split(hidden), down[experts].mT, out=chunk.split(rows[own]))
+        ctx.save_for_backward(x, first, down, dest, token, weight, kept)
+        ctx.chunks, ctx.gated = chunks, gated
+        return F.embedding_bag(dest, rows, mode="sum")
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, first, down, order, kept = ctx.saved_tensors
-        dy = gradients[0].to(x.dtype)
-        token, weight = order // weights.shape[1], weights.flatten()[order].to(x.dtype)
-        dx = torch.zeros(x.shape, dtype=weights.dtype)
-        dweight = weights.new_zeros(weights.numel())
-        dfirst, ddown = torch.zeros_like(first), torch.zeros_like(down)
-        for expert, rows in _slices(ctx.counts):
-            given = dy[token[rows]]  # (n, D)
-            dhidden = given @ down[expert]  # (n, F), of the unweighted output
-            hidden, dproduct = _activate_backward(kept[rows], dhidden, ctx.gated)
-            scale = weight[rows].unsqueeze(-1)
-            dweight[rows] = (dhidden * hidden).sum(-1).to(dweight.dtype)
-            torch.mm(given.T, hidden.mul_(scale), out=ddown[expert])
-            dproduct.mul_(scale)
-            torch.mm(dproduct.T, x[token[rows]], out=dfirst[expert])
-            dx.index_add_(0, token[rows], (dproduct @ first[expert]).to(dx.dtype))
-        dweights = torch.empty_like(dweight).scatter_(0, order, dweight).view_as(weights)
-        return dx.to(x.dtype), dweights, dfirst, ddown, None, None, None
+        x, first, down, dest, token, weight, kept = ctx.saved_tensors
+        dy = gradients[0].contiguous()
+        dweight, drows = torch.zeros_like(weight), x.new_empty(len(token), x.shape[1])
+        drows[-1] = 0
+        dfirst, ddown = _for_experts(ctx.chunks, first), _for_experts(ctx.chunks, down)
+        for chunk in ctx.chunks:
+            own, experts = chunk.all_rows, slice(chunk.first, chunk.last)
+            given = chunk.split(dy.index_select(0, token[own]))
+            dhidden = torch.bmm(given, down[experts]).flatten(0, 1)  # of the weighted output
+            backward = _activate_backward(kept[own], weight[own], dhidden, ctx.gated)
+            hidden, dproduct, dweight[own] = backward
+            torch.bmm(given.mT, chunk.split(hidden), out=ddown[experts])
+            gathered, dproduct = chunk.split(x.index_select(0, token[own])), chunk.split(dproduct)
+            torch.bmm(dproduct.mT, gathered, out=dfirst[experts])
+            torch.bmm(dproduct, first[experts], out=chunk.split(drows[own]))
+        dx = F.embedding_bag(dest, drows, mode="sum")
+        dweights = dweight.index_select(0, dest.flatten()).view_as(dest)
+        return dx, dweights, dfirst, ddown, None, None, None
 
 
-def _slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """Experts that got rows, and which."""
-    start = 0
-    for expert, n in enumerate(counts):
-        if n:
-            yield expert, slice(start, start + n)
-        start += n
+def _lay_out(
+    ids: Tensor, weights: Tensor, chunks: list[Chunk], n_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row of each assignment (N, K); of each row its token and weight (M + 1,)."""
+    end = chunks[-1].all_rows.stop if chunks else 0
+    starts = torch.full((n_experts + 1,), end)
+    for chunk in chunks:
+        own = torch.arange(chunk.last - chunk.first) * chunk.rows + chunk.start
+        starts[chunk.first : chunk.last] = own
+    dest, token = torch.empty_like(ids), ids.new_zeros(end + 1)
+    weight = torch.zeros(end + 1, dtype=weights.dtype)
+    kernels.launch(kernels.place, ids, weights.contiguous(), starts, dest, token, weight)
+    return dest, token, weight
 
 
-def _activate(product: Tensor, gated: bool) -> Tensor:  # (n, 2F or F) -> (n, F)
-    if not gated:
-        return F.gelu(product)
-    gate, up = product.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+def _for_experts(chunks: list[Chunk], weights: Tensor) -> Tensor:
+    """Room for a gradient, zero for experts without rows."""
+    whole = len(chunks) == 1 and chunks[0].last - chunks[0].first == len(weights)
+    return torch.empty_like(weights) if whole else torch.zeros_like(weights)
 
 
-def _activate_backward(product: Tensor, dhidden: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
+def _activate(product: Tensor, weight: Tensor, gated: bool) -> Tensor:
+    """Weighted hidden layer: (n, 2F or F), (n,) -> (n, F)."""
+    if gated and kernels.usable(product):
+        hidden = product.new_empty(len(product), product.shape[1] // 2)
+        kernels.launch(kernels.swiglu_forward, product, weight, hidden)
+        return hidden
+    hidden = swiglu(product) if gated else F.gelu(product)
+    return hidden.mul_(weight.to(hidden.dtype).unsqueeze(-1))
+
+
+def _activate_backward(
+    product: Tensor, weight: Tensor, dhidden: Tensor, gated: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted hidden layer again, and the gradients of product and weight."""
+    if gated and kernels.usable(product):
+        hidden, dproduct = torch.empty_like(dhidden), torch.empty_like(product)
+        dweight = torch.empty_like(weight)
+        kernels.launch(kernels.swiglu_backward, product, weight, dhidden, dproduct, hidden, dweight)
+        return hidden, dproduct, dweight
+    scale = weight.to(product.dtype).unsqueeze(-1)
+    hidden, dproduct = _unweighted_backward(product, dhidden * scale, gated)
+    return hidden * scale, dproduct, (dhidden * hidden).sum(-1, dtype=weight.dtype)
+
+
+def _unweighted_backward(product: Tensor, dhidden: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
     """The activation again, and the gradient of what went into it."""
     if not gated:
         return F.gelu(product), torch.ops.aten.gelu_backward(dhidden, product)
     gate, up = product.chunk(2, dim=-1)
-    silu, dproduct = F.silu(gate), torch.empty_like(product)
-    dgate, dup = dproduct.chunk(2, dim=-1)
-    torch.mul(dhidden, silu, out=dup)
-    torch.ops.aten.silu_backward.grad_input(dhidden * up, gate, grad_input=dgate)
-    return silu.mul_(up), dproduct
+    silu = F.silu(gate)
+    dgate = torch.ops.aten.silu_backward(dhidden * up, gate)
+    return silu * up, torch.cat([dgate, dhidden * silu], dim=-1)

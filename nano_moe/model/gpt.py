@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +16,7 @@ from nano_moe.model.attention import Attention, rope_tables
 from nano_moe.model.ffn import FFN
 from nano_moe.model.latent_attention import LatentAttention
 from nano_moe.model.moe import MoE
-from nano_moe.model.ops import RMSNorm, at_least_float32
+from nano_moe.model.ops import RMSNorm
 from nano_moe.model.router import HashRouter, Router
 from nano_moe.model.routing import Routing
 
@@ -91,15 +90,6 @@ class GPT(nn.Module):
                 x, routing = block(*inputs)
             routings.append(routing)
         return self.head(self.norm(x)), routings
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Next-token cross-entropy in nats, in at least float32.
-
-    logits (B, T, V), targets (B, T); scalar, or (B*T,) for "none".
-    """
-    wide = at_least_float32(logits.flatten(0, -2))
-    return F.cross_entropy(wide, targets.flatten(), reduction=reduction)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from nano_moe.device import choose_device, choose_precision
 from nano_moe.errors import UserError
 from nano_moe.evaluation import Evaluation
 from nano_moe.files import remove_torn
+from nano_moe.memory import keep_freed_memory
 from nano_moe.runs import Run, check_corpus, check_recipe, describe, read_checkpoint, write_json
 from nano_moe.text.store import Corpus
 from nano_moe.training.checkpoint import AtomicCheckpointIO, SaveLast
@@ -57,6 +58,8 @@ def fit(
     device, precision = choose_device(recipe), choose_precision(recipe)
     start = prepare_run(run, recipe, corpus, device, resume=resume)
     _quiet()
+    if device.type == "cpu":
+        keep_freed_memory()
     clock, stop = Clock(), StopSignal()
     recorder = Recorder(run, start)
     telemetry = Telemetry(recorder, clock, recipe, precision)

@@ -16,7 +16,8 @@ from nano_moe.accounting import count
 from nano_moe.config import Recipe
 from nano_moe.errors import UserError
 from nano_moe.model.balance import router_entropy
-from nano_moe.model.gpt import GPT, cross_entropy, init_weights
+from nano_moe.model.gpt import GPT, init_weights
+from nano_moe.model.loss import cross_entropy
 from nano_moe.model.routing import Routing, dropped_share
 from nano_moe.runs import SCHEMA
 from nano_moe.training.balancing import Balancing

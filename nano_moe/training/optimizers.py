@@ -25,6 +25,7 @@ from nano_moe.device import native_bf16
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024 (Muon)
 NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_BYTES = 8 * 2**20  # of one batch on a CPU: so many stay in the cache
 MATCH_RMS_ADAMW = 0.2  # Liu et al. 2025, sec. 2.2: gives Muon's update AdamW's typical size
 
 
@@ -127,7 +128,8 @@ class MuonAdamW(torch.optim.Optimizer):
         decay = group["lr"] * group["weight_decay"]
         for (rows, columns), updates in batches.items():
             stacked = torch.cat([u.direction.reshape(-1, rows, columns) for u in updates])
-            steps = orthogonalize(stacked, self._newton_schulz_dtype(stacked))
+            dtype, piece = self._newton_schulz_dtype(stacked), _piece(stacked)
+            steps = torch.cat([orthogonalize(part, dtype) for part in stacked.split(piece)])
             _apply(updates, steps, group["lr"] * MATCH_RMS_ADAMW * columns**0.5, decay)
 
     def _newton_schulz_dtype(self, x: Tensor) -> torch.dtype:
@@ -135,6 +137,13 @@ class MuonAdamW(torch.optim.Optimizer):
             return torch.float64
         bf16 = self._precision == "bf16" or (self._precision == "auto" and native_bf16(x.device))
         return torch.bfloat16 if bf16 else torch.float32
+
+
+def _piece(stacked: Tensor) -> int:
+    """How many matrices to iterate on at once."""
+    if stacked.device.type != "cpu":
+        return len(stacked)
+    return max(1, NEWTON_SCHULZ_BYTES // (stacked[0].numel() * stacked.element_size()))
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from nano_moe.accounting import count
 from nano_moe.config import MLAConfig, ModelConfig, MoEConfig
-from nano_moe.model.gpt import GPT, cross_entropy, init_weights
+from nano_moe.model.gpt import GPT, init_weights
+from nano_moe.model.loss import cross_entropy
 
 LATENT = MLAConfig(
     kv_lora_rank=6, q_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nano_moe.config import FieldFault, MLAConfig, ModelConfig
 from nano_moe.model.balance import load_balancing_loss, router_z_loss
 from nano_moe.model.ffn import FFN
-from nano_moe.model.gpt import cross_entropy
+from nano_moe.model.loss import cross_entropy
 from nano_moe.model.moe import MoE
 
 LATENT = {

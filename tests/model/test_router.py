@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nano_moe.config import OptimConfig
-from nano_moe.model.gpt import cross_entropy
+from nano_moe.model.loss import cross_entropy
 from nano_moe.model.moe import MoE
 from nano_moe.model.ops import at_least_float32
 from nano_moe.model.router import ExpertChoiceRouter, HashRouter, Router, make_router

@@ -10,7 +10,8 @@ import torch
 from nano_moe import runs
 from nano_moe.errors import UserError
 from nano_moe.evaluation import evaluate
-from nano_moe.model.gpt import GPT, cross_entropy, init_weights
+from nano_moe.model.gpt import GPT, init_weights
+from nano_moe.model.loss import cross_entropy
 from nano_moe.model.upcycle import upcycle
 from nano_moe.training.fit import fit
 

@@ -1,0 +1,292 @@
+"""CPU kernels: one pass over memory where PyTorch's operators would take five.
+
+Compiled by numba at first use and cached on disk. Arrays are float32, or bfloat16 as the uint16 of
+its bits; arithmetic is float32. Rows are shared out over the threads and summed in a fixed order,
+so a result does not depend on how many threads there are.
+
+Shapes: M rows, F hidden width, N tokens, K top_k, V vocabulary, B batch, T time, D width, H heads,
+C head width, S parts in which sums over rows are kept apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic, overload
+from torch import Tensor, nn
+
+# Sums may be reordered and products contracted, but NaN and infinity keep their meaning.
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
+_kernel = njit(parallel=True, fastmath=_FAST, cache=True)
+_inlined = njit(inline="always", fastmath=_FAST)
+PARTS = 32  # S; more than any CPU we expect has cores to keep busy
+_f32, _u32, _i32 = np.float32, np.uint32, np.int32
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether these are real float32 or bfloat16 values in CPU memory, and nobody is tracing."""
+    return not torch.compiler.is_compiling() and all(
+        type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        for x in tensors
+    )
+
+
+def array(x: Tensor) -> np.ndarray[Any, Any]:
+    """The tensor's own memory."""
+    x = x.detach()
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def launch(kernel: Any, *arguments: Tensor | float) -> None:
+    """Run a kernel on the tensors' memory with as many threads as PyTorch uses."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    kernel(*(array(a) if isinstance(a, Tensor) else _f32(a) for a in arguments))
+
+
+@intrinsic
+def _bits(typing_context: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def _from_bits(typing_context: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+def _read(row, j):
+    """row[j] as a float32."""
+
+
+@overload(_read, inline="always")
+def _overload_read(row, j):
+    if row.dtype == types.uint16:
+        return lambda row, j: _from_bits(_u32(row[j]) << _u32(16))
+    return lambda row, j: row[j]
+
+
+def _write(row, j, value):
+    """row[j] = value, rounded to the nearest, ties to even."""
+
+
+@overload(_write, inline="always")
+def _overload_write(row, j, value):
+    if row.dtype == types.uint16:
+
+        def write(row, j, value):
+            bits = _bits(value)
+            row[j] = np.uint16((bits + _u32(0x7FFF) + ((bits >> _u32(16)) & _u32(1))) >> _u32(16))
+
+        return write
+
+    def write_float(row, j, value):
+        row[j] = value
+
+    return write_float
+
+
+@_inlined
+def _exp(x: Any) -> Any:
+    """e^x to two units in the last place on [-87, 88], and its value at the bound beyond them.
+
+    Cody & Waite's reduction by ln 2 in two parts, then a polynomial on [-ln 2 / 2, ln 2 / 2].
+    """
+    x = _f32(-87) if x < _f32(-87) else x  # so written, NaN stays NaN
+    x = _f32(88) if x > _f32(88) else x
+    n = np.floor(x * _f32(1.44269504) + _f32(0.5))
+    r = (x - n * _f32(0.693359375)) + n * _f32(2.12194440e-4)
+    p = _f32(1.0 / 5040)
+    p = p * r + _f32(1.0 / 720)
+    p = p * r + _f32(1.0 / 120)
+    p = p * r + _f32(1.0 / 24)
+    p = p * r + _f32(1.0 / 6)
+    p = p * r + _f32(0.5)
+    p = p * r * r + r + _f32(1)
+    return p * _from_bits(_u32(_i32(n) + _i32(127)) << _u32(23))
+
+
+@_kernel
+def swiglu_forward(product: Any, weight: Any, hidden: Any) -> None:
+    """hidden = silu(gate) * up * weight: product (M, 2F), weight (M,), hidden (M, F)."""
+    width = hidden.shape[1]
+    for m in prange(hidden.shape[0]):
+        gate, up, out, scale = product[m, :width], product[m, width:], hidden[m], weight[m]
+        for j in range(width):
+            g = _read(gate, j)
+            _write(out, j, g / (_f32(1) + _exp(-g)) * _read(up, j) * scale)
+
+
+@_kernel
+def swiglu_backward(
+    product: Any, weight: Any, dhidden: Any, dproduct: Any, hidden: Any, dweight: Any
+) -> None:
+    """Gradients of `swiglu_forward`, and its output once more.
+
+    product, dproduct (M, 2F); dhidden, of the weighted output, and hidden (M, F); weight,
+    dweight (M,).
+    """
+    width = hidden.shape[1]
+    for m in prange(hidden.shape[0]):
+        gate, up, given, out = product[m, :width], product[m, width:], dhidden[m], hidden[m]
+        dgate, dup, scale, total = dproduct[m, :width], dproduct[m, width:], weight[m], _f32(0)
+        for j in range(width):
+            g, u, d = _read(gate, j), _read(up, j), _read(given, j)
+            sigmoid = _f32(1) / (_f32(1) + _exp(-g))
+            silu = g * sigmoid
+            total += d * silu * u
+            d *= scale
+            _write(out, j, silu * u * scale)
+            _write(dup, j, d * silu)
+            _write(dgate, j, d * u * sigmoid * (_f32(1) + g - silu))
+        dweight[m] = total
+
+
+@njit(cache=True)
+def place(ids: Any, weights: Any, starts: Any, dest: Any, token: Any, weight: Any) -> None:
+    """Lay assignments out by expert, in order of tokens; an id past the experts goes to the end.
+
+    ids, weights, dest (N, K): where the assignment's row is; starts (E + 1,), used up; of each
+    row its token (M + 1,) and weight (M + 1,).
+    """
+    for n in range(ids.shape[0]):
+        for k in range(ids.shape[1]):
+            expert = ids[n, k]
+            row = starts[expert]
+            dest[n, k] = row
+            if expert < len(starts) - 1:
+                starts[expert] = row + 1
+                token[row] = n
+                weight[row] = weights[n, k]
+
+
+@njit(inline="always", fastmath=_FAST | {"nnan"})
+def _largest(row: Any) -> Any:
+    """Of a row without NaN; with one it is any of the others, and the sum of exponents is NaN."""
+    largest = _f32(-np.inf)
+    for j in range(len(row)):
+        value = _read(row, j)
+        largest = value if value > largest else largest
+    return largest
+
+
+@_kernel
+def cross_entropy_forward(logits: Any, targets: Any, loss: Any, log_total: Any) -> None:
+    """logits (N, V), targets (N,); loss (N,) in nats and log sum exp (N,), float32."""
+    for n in prange(logits.shape[0]):
+        row, total = logits[n], _f32(0)
+        largest = _largest(row)
+        for j in range(len(row)):
+            total += _exp(_read(row, j) - largest)
+        log_total[n] = largest + np.log(total)
+        loss[n] = log_total[n] - _read(row, targets[n])
+
+
+@_kernel
+def cross_entropy_backward(
+    logits: Any, targets: Any, log_total: Any, dloss: Any, dlogits: Any
+) -> None:
+    """dlogits (N, V) of `cross_entropy_forward`, given dloss (N,)."""
+    for n in prange(logits.shape[0]):
+        row, out, shift, scale = logits[n], dlogits[n], log_total[n], dloss[n]
+        for j in range(len(row)):
+            _write(out, j, _exp(_read(row, j) - shift) * scale)
+        target = targets[n]
+        _write(out, target, (_exp(_read(row, target) - shift) - _f32(1)) * scale)
+
+
+@_kernel
+def rms_norm_forward(x: Any, weight: Any, eps: Any, y: Any) -> None:
+    """y = x / rms(x) * weight: x, y (M, D), weight (D,)."""
+    for m in prange(len(x)):
+        scale = _inverse_rms(x[m], eps)
+        for j in range(x.shape[1]):
+            _write(y[m], j, _read(x[m], j) * scale * _read(weight, j))
+
+
+@_kernel
+def rms_norm_backward(x: Any, weight: Any, eps: Any, dy: Any, dx: Any, dweight: Any) -> None:
+    """Gradients of `rms_norm_forward`: dx (M, D), and dweight (S, D) to be summed."""
+    parts = len(dweight)
+    for part in prange(parts):
+        for m in range(part * len(x) // parts, (part + 1) * len(x) // parts):
+            dx[m] = dy[m]
+            _norm_back(x[m], weight, eps, dx[m], dweight[part])
+
+
+@_inlined
+def _inverse_rms(row: Any, eps: Any) -> Any:
+    total = _f32(0)
+    for j in range(len(row)):
+        total += _read(row, j) * _read(row, j)
+    return _f32(1) / np.sqrt(total / _f32(len(row)) + eps)
+
+
+@_kernel
+def rotary_forward(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, y: Any) -> None:
+    """Normalize each head where there is a weight, then turn it by its position.
+
+    x (B*T, H, C), weight (C,) or (0,), cos and sin (T, C), y (B, H, T, C).
+    """
+    half, length = x.shape[2] // 2, len(cos)
+    for n in prange(len(x)):
+        b, t = n // length, n % length
+        for h in range(x.shape[1]):
+            row, out = x[n, h], y[b, h, t]
+            scale = _inverse_rms(row, eps) if len(weight) else _f32(1)
+            for i in range(half):
+                j = i + half
+                one, two = _read(row, i) * scale, _read(row, j) * scale
+                if len(weight):
+                    one, two = one * _read(weight, i), two * _read(weight, j)
+                _write(out, i, one * cos[t, i] - two * sin[t, i])
+                _write(out, j, two * cos[t, j] + one * sin[t, j])
+
+
+@_kernel
+def rotary_backward(
+    x: Any, weight: Any, eps: Any, cos: Any, sin: Any, dy: Any, dx: Any, dweight: Any
+) -> None:
+    """Gradients of `rotary_forward`: dx (B*T, H, C), and dweight (S, C) to be summed."""
+    half, length, parts = x.shape[2] // 2, len(cos), len(dweight)
+    for part in prange(parts):
+        for n in range(part * len(x) // parts, (part + 1) * len(x) // parts):
+            b, t = n // length, n % length
+            for h in range(x.shape[1]):
+                _turn_back(dy[b, h, t], cos[t], sin[t], dx[n, h], half)
+                if len(weight):
+                    _norm_back(x[n, h], weight, eps, dx[n, h], dweight[part])
+
+
+@_inlined
+def _turn_back(given: Any, cos: Any, sin: Any, out: Any, half: Any) -> None:
+    for i in range(half):
+        j = i + half
+        one, two = _read(given, i), _read(given, j)
+        _write(out, i, one * cos[i] + two * sin[j])
+        _write(out, j, two * cos[j] - one * sin[i])
+
+
+@_inlined
+def _norm_back(row: Any, weight: Any, eps: Any, out: Any, dweight: Any) -> None:
+    """`out` holds the gradient of the normalized row, and then that of the row."""
+    scale, along = _inverse_rms(row, eps), _f32(0)
+    for j in range(len(row)):
+        normed, given = _read(row, j) * scale, _read(out, j)
+        dweight[j] += given * normed
+        along += given * _read(weight, j) * normed
+    along /= _f32(len(row))
+    for j in range(len(row)):
+        normed, given = _read(row, j) * scale, _read(out, j)
+        _write(out, j, scale * (given * _read(weight, j) - normed * along))
