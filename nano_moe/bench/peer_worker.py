@@ -50,7 +50,8 @@ def ours(model: dict[str, Any], batch_size: int) -> Side:
     """Our decoder, with the load-balancing loss and without a z-loss."""
     from nano_moe.config import ModelConfig
     from nano_moe.model.balance import load_balancing_loss
-    from nano_moe.model.gpt import GPT, cross_entropy, init_weights
+    from nano_moe.model.gpt import GPT, init_weights
+    from nano_moe.model.loss import cross_entropy
 
     config = ModelConfig.model_validate(model)
     gpt = init_weights(GPT(config), seed=0)
