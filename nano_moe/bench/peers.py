@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import math
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -107,23 +108,33 @@ def peers(quick: bool, litgpt_python: str | None = None) -> Report:
     rows: list[Row] = []
     tried: list[Row] = []
     for shape in SHAPES:
-        with contest(shape, interpreters, quick) as sides:
+        with contest(shape, interpreters, quick) as entered:
             for precision in PRECISIONS:
-                tried += choose(sides, precision, quick)
-                rows += compare(sides, precision, quick)
+                tried += choose(entered, precision, quick)
+                rows += compare(entered, precision, quick)
     return Report("Training steps against other libraries", [*rows, *tried], NOTES)
 
 
 def find_interpreters(litgpt_python: str | None) -> dict[str, str | None]:
-    """Each side's interpreter, None where there is none; raises UserError for one that is none."""
-    if litgpt_python is not None and shutil.which(litgpt_python) is None:
-        raise UserError(f"--litgpt-python {litgpt_python}: no such program; {ENVIRONMENT}")
+    """Each side's interpreter, None where there is none; raises UserError as `check_litgpt` does."""
+    if litgpt_python is not None:
+        check_litgpt(litgpt_python)
     has_transformers = importlib.util.find_spec("transformers") is not None
     return {
         "ours": sys.executable,
         "transformers": sys.executable if has_transformers else None,
         "litgpt": litgpt_python,
     }
+
+
+def check_litgpt(python: str) -> None:
+    """Before minutes of timing: raises UserError where it could not be run."""
+    if shutil.which(python) is None:
+        raise UserError(f"--litgpt-python {python}: no such program; {ENVIRONMENT}")
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('litgpt') is None)"
+    if subprocess.run([python, "-c", look], capture_output=True).returncode:
+        remedy = f"run: {python} -m pip install {LITGPT}"
+        raise UserError(f"--litgpt-python {python}: no Python that has litgpt; {remedy}")
 
 
 @contextlib.contextmanager

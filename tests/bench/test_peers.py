@@ -194,6 +194,18 @@ def test_an_interpreter_that_is_none_is_the_users_fault():
         peers.peers(quick=True, litgpt_python="/no/python")
 
 
+@pytest.mark.parametrize("other", ["false", "true"])
+def test_an_interpreter_without_litgpt_is_told_what_to_install(tmp_path, other):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{other}\n", encoding="utf-8")
+    python.chmod(0o755)
+    if other == "true":
+        peers.check_litgpt(str(python))
+        return
+    with pytest.raises(UserError, match="no Python that has litgpt; run: .* pip install litgpt=="):
+        peers.check_litgpt(str(python))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("LITGPT_PYTHON" not in os.environ, reason="LITGPT_PYTHON names no interpreter")
 def test_litgpt_is_measured_where_it_is():
