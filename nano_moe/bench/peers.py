@@ -116,7 +116,7 @@ def peers(quick: bool, litgpt_python: str | None = None) -> Report:
 
 
 def find_interpreters(litgpt_python: str | None) -> dict[str, str | None]:
-    """Each side's interpreter, None where there is none; raises UserError as `check_litgpt` does."""
+    """Each side's interpreter, None where there is none; raises UserError."""
     if litgpt_python is not None:
         check_litgpt(litgpt_python)
     has_transformers = importlib.util.find_spec("transformers") is not None
