@@ -18,12 +18,13 @@ KNOWS = {
     "census": {"accounting", "model", "published"},
     "recipe_file": {"published"},
     "device": {"accounting"},
+    "memory": set(),
     "text": set(),
     "runs": {"accounting", "recipe_file", "model", "text"},
     "comparison": {"runs"},
     "evaluation": {"model", "text"},
     "inference": {"model", "text"},
-    "training": {"accounting", "device", "evaluation", "model", "runs", "text"},
+    "training": {"accounting", "device", "evaluation", "memory", "model", "runs", "text"},
 }
 GROUND = {"config", "errors", "files"}
 

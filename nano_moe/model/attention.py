@@ -16,7 +16,6 @@ from nano_moe.config import ModelConfig
 from nano_moe.model import kernels
 from nano_moe.model.ops import RMSNorm
 
-
 WIDE_HEAD = 64  # narrower ones attend in float32 on a CPU, three times as fast as in bfloat16
 
 

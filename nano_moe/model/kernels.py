@@ -10,6 +10,8 @@ C head width, S parts in which sums over rows are kept apart.
 
 from __future__ import annotations
 
+import os
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -22,7 +24,6 @@ from torch import Tensor, nn
 
 # Sums may be reordered and products contracted, but NaN and infinity keep their meaning.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
-_kernel = njit(parallel=True, fastmath=_FAST, cache=True)
 PARTS = 32  # S; more than any CPU we expect has cores to keep busy
 # Inlined by LLVM: numba's own inlining (0.68) dropped the second of two writes in one kernel.
 _INLINE = {"forceinline": True, "fastmath": _FAST}
@@ -45,16 +46,35 @@ def array(x: Tensor) -> np.ndarray[Any, Any]:
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
-def launch(kernel: Any, *arguments: Tensor | float) -> None:
-    """Run a kernel on the tensors' memory with as many threads as PyTorch uses.
+class Kernel:
+    """One function compiled twice: for many threads, and for one.
 
-    Both count theirs in one OpenMP runtime, where numba's first launch writes its own number.
+    A forked child has none of its parent's threads, so there the second runs.
     """
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+
+    _pid: int | None = None  # of the process whose threads were started
+
+    def __init__(self, function: Any):
+        alone = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_alone")
+        alone.__qualname__ = alone.__name__  # numba's cache tells functions apart by it
+        self.shared = njit(parallel=True, fastmath=_FAST, cache=True)(function)
+        self.alone = njit(fastmath=_FAST, cache=True)(alone)
+
+    def __call__(self, *arguments: Any) -> None:
+        threads = torch.get_num_threads()
+        if threads == 1 or Kernel._pid not in (None, os.getpid()):
+            self.alone(*arguments)
+            return
+        Kernel._pid = os.getpid()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        self.shared(*arguments)
+        if torch.get_num_threads() != threads:  # the first start writes numba's own number
+            torch.set_num_threads(threads)
+
+
+def launch(kernel: Any, *arguments: Tensor | float) -> None:
+    """Run a kernel on the tensors' memory with as many threads as PyTorch uses."""
     kernel(*(array(a) if isinstance(a, Tensor) else _f32(a) for a in arguments))
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
 
 
 @intrinsic
@@ -124,7 +144,7 @@ def _exp(x: Any) -> Any:
     return p * _from_bits(_u32(_i32(n) + _i32(127)) << _u32(23))
 
 
-@_kernel
+@Kernel
 def swiglu_forward(product: Any, weight: Any, hidden: Any) -> None:
     """hidden = silu(gate) * up * weight: product (M, 2F), weight (M,), hidden (M, F)."""
     width = hidden.shape[1]
@@ -135,7 +155,7 @@ def swiglu_forward(product: Any, weight: Any, hidden: Any) -> None:
             _write(out, j, g / (_f32(1) + _exp(-g)) * _read(up, j) * scale)
 
 
-@_kernel
+@Kernel
 def swiglu_backward(
     product: Any, weight: Any, dhidden: Any, dproduct: Any, hidden: Any, dweight: Any
 ) -> None:
@@ -188,7 +208,7 @@ def _largest(row: Any) -> Any:
     return largest
 
 
-@_kernel
+@Kernel
 def cross_entropy_forward(logits: Any, targets: Any, loss: Any, log_total: Any) -> None:
     """logits (N, V), targets (N,); loss (N,) in nats and log sum exp (N,), float32."""
     for n in prange(logits.shape[0]):
@@ -200,7 +220,7 @@ def cross_entropy_forward(logits: Any, targets: Any, loss: Any, log_total: Any) 
         loss[n] = log_total[n] - _read(row, targets[n])
 
 
-@_kernel
+@Kernel
 def cross_entropy_backward(
     logits: Any, targets: Any, log_total: Any, dloss: Any, dlogits: Any
 ) -> None:
@@ -213,7 +233,7 @@ def cross_entropy_backward(
         _write(out, target, (_exp(_read(row, target) - shift) - _f32(1)) * scale)
 
 
-@_kernel
+@Kernel
 def rms_norm_forward(x: Any, weight: Any, eps: Any, y: Any) -> None:
     """y = x / rms(x) * weight: x, y (M, D), weight (D,)."""
     for m in prange(len(x)):
@@ -222,7 +242,7 @@ def rms_norm_forward(x: Any, weight: Any, eps: Any, y: Any) -> None:
             _write(y[m], j, _read(x[m], j) * scale * _read(weight, j))
 
 
-@_kernel
+@Kernel
 def rms_norm_backward(x: Any, weight: Any, eps: Any, dy: Any, dx: Any, dweight: Any) -> None:
     """Gradients of `rms_norm_forward`: dx (M, D), and dweight (S, D) to be summed."""
     parts = len(dweight)
@@ -240,7 +260,7 @@ def _inverse_rms(row: Any, eps: Any) -> Any:
     return _f32(1) / np.sqrt(total / _f32(len(row)) + eps)
 
 
-@_kernel
+@Kernel
 def rotary_forward(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, y: Any) -> None:
     """Normalize each head where there is a weight, then turn it by its position.
 
@@ -261,7 +281,7 @@ def rotary_forward(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, y: Any) ->
                 _write(out, j, two * cos[t, j] + one * sin[t, j])
 
 
-@_kernel
+@Kernel
 def rotary_backward(
     x: Any, weight: Any, eps: Any, cos: Any, sin: Any, dy: Any, dx: Any, dweight: Any
 ) -> None:
