@@ -16,7 +16,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 # What was given on make's command line and is no variable of this file goes to the recipe.
 # (make takes `a.b=c` as a variable of its own, so a plain target would silently drop it.)
-OWN := RECIPE RUN RUNS NAME PROMPT PORT PYTHON TORCH_ARGS ARGS
+OWN := RECIPE RUN RUNS NAME PROMPT PORT PYTHON TORCH_ARGS ARGS LITGPT_PYTHON
 # Only the command line counts: a NAME or PORT of the shell's environment is not meant for us.
 given = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
 quote = '$(subst ','\'',$(1))'
@@ -69,7 +69,8 @@ test-all: $(STAMP) ## all tests, slow ones too
 	@$(BIN)/pytest -m 'not gpu' $(call given,ARGS)
 
 bench: $(STAMP) ## time layers, steps, other libraries, optimizer and input here (15 minutes)
-	$(plain)@for name in layer step peers optimizer data; do $(NANO) bench $$name $(call given,ARGS) || exit; done
+	$(plain)@for name in layer step optimizer data; do $(NANO) bench $$name $(call given,ARGS) || exit; done
+	@$(NANO) bench peers $(call given,ARGS) $(if $(call given,LITGPT_PYTHON),--litgpt-python $(call quote,$(LITGPT_PYTHON)))
 
 lint: $(STAMP) ## ruff and the format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

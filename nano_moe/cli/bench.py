@@ -31,10 +31,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="tiny shapes, to see it work: the figures say nothing"
     )
+    parser.add_argument(
+        "--litgpt-python",
+        metavar="PATH",
+        help="peers: the interpreter of an environment with litgpt",
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    options = {}
+    if args.name == "peers":
+        options["litgpt_python"] = args.litgpt_python
+    elif args.litgpt_python is not None:
+        raise UserError(f"--litgpt-python: bench {args.name} has no use for it; drop it")
     stem = f"{args.name}-quick" if args.quick else args.name
     out = Path(args.out) if args.out is not None else FOLDER / f"{stem}.json"
     check_out(out)
@@ -42,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
     get_ready(args.threads)
     benchmark = getattr(importlib.import_module(f"nano_moe.bench.{args.name}"), args.name)
-    report: Report = benchmark(args.quick)
+    report: Report = benchmark(args.quick, **options)
     content = {MARK: args.name, "quick": args.quick, "git_commit": runs.git_commit()}
     content |= report.as_json()
     out.parent.mkdir(parents=True, exist_ok=True)

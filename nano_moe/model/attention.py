@@ -71,7 +71,7 @@ class Attention(nn.Module):
             q, k, v = (t if t.dtype == torch.float64 else t.float() for t in (q, k, v))
         gqa = self.n_heads != self.kv_heads
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-        return self.o_proj(y.transpose(1, 2).flatten(-2))
+        return self.o_proj(y.transpose(1, 2).flatten(-2).to(x.dtype))
 
 
 class OnePass(torch.autograd.Function):

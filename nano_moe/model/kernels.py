@@ -10,6 +10,8 @@ C head width, S parts in which sums over rows are kept apart.
 
 from __future__ import annotations
 
+import os
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -22,9 +24,9 @@ from torch import Tensor, nn
 
 # Sums may be reordered and products contracted, but NaN and infinity keep their meaning.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
-_kernel = njit(parallel=True, fastmath=_FAST, cache=True)
-_inlined = njit(inline="always", fastmath=_FAST)
 PARTS = 32  # S; more than any CPU we expect has cores to keep busy
+# Inlined by LLVM: numba's own inlining (0.68) dropped the second of two writes in one kernel.
+_INLINE = {"forceinline": True, "fastmath": _FAST}
 _f32, _u32, _i32 = np.float32, np.uint32, np.int32
 
 
@@ -44,9 +46,34 @@ def array(x: Tensor) -> np.ndarray[Any, Any]:
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
+class Kernel:
+    """One function compiled twice: for many threads, and for one.
+
+    A forked child has none of its parent's threads, so there the second runs.
+    """
+
+    _pid: int | None = None  # of the process whose threads were started
+
+    def __init__(self, function: Any):
+        alone = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_alone")
+        alone.__qualname__ = alone.__name__  # numba's cache tells functions apart by it
+        self.shared = njit(parallel=True, fastmath=_FAST, cache=True)(function)
+        self.alone = njit(fastmath=_FAST, cache=True)(alone)
+
+    def __call__(self, *arguments: Any) -> None:
+        threads = torch.get_num_threads()
+        if threads == 1 or Kernel._pid not in (None, os.getpid()):
+            self.alone(*arguments)
+            return
+        Kernel._pid = os.getpid()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        self.shared(*arguments)
+        if torch.get_num_threads() != threads:  # the first start writes numba's own number
+            torch.set_num_threads(threads)
+
+
 def launch(kernel: Any, *arguments: Tensor | float) -> None:
     """Run a kernel on the tensors' memory with as many threads as PyTorch uses."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     kernel(*(array(a) if isinstance(a, Tensor) else _f32(a) for a in arguments))
 
 
@@ -70,7 +97,7 @@ def _read(row, j):
     """row[j] as a float32."""
 
 
-@overload(_read, inline="always")
+@overload(_read, jit_options=_INLINE)
 def _overload_read(row, j):
     if row.dtype == types.uint16:
         return lambda row, j: _from_bits(_u32(row[j]) << _u32(16))
@@ -81,7 +108,7 @@ def _write(row, j, value):
     """row[j] = value, rounded to the nearest, ties to even."""
 
 
-@overload(_write, inline="always")
+@overload(_write, jit_options=_INLINE)
 def _overload_write(row, j, value):
     if row.dtype == types.uint16:
 
@@ -97,7 +124,7 @@ def _overload_write(row, j, value):
     return write_float
 
 
-@_inlined
+@njit(**_INLINE)
 def _exp(x: Any) -> Any:
     """e^x to two units in the last place on [-87, 88], and its value at the bound beyond them.
 
@@ -117,7 +144,7 @@ def _exp(x: Any) -> Any:
     return p * _from_bits(_u32(_i32(n) + _i32(127)) << _u32(23))
 
 
-@_kernel
+@Kernel
 def swiglu_forward(product: Any, weight: Any, hidden: Any) -> None:
     """hidden = silu(gate) * up * weight: product (M, 2F), weight (M,), hidden (M, F)."""
     width = hidden.shape[1]
@@ -128,7 +155,7 @@ def swiglu_forward(product: Any, weight: Any, hidden: Any) -> None:
             _write(out, j, g / (_f32(1) + _exp(-g)) * _read(up, j) * scale)
 
 
-@_kernel
+@Kernel
 def swiglu_backward(
     product: Any, weight: Any, dhidden: Any, dproduct: Any, hidden: Any, dweight: Any
 ) -> None:
@@ -171,7 +198,7 @@ def place(ids: Any, weights: Any, starts: Any, dest: Any, token: Any, weight: An
                 weight[row] = weights[n, k]
 
 
-@njit(inline="always", fastmath=_FAST | {"nnan"})
+@njit(forceinline=True, fastmath=_FAST | {"nnan"})
 def _largest(row: Any) -> Any:
     """Of a row without NaN; with one it is any of the others, and the sum of exponents is NaN."""
     largest = _f32(-np.inf)
@@ -181,7 +208,7 @@ def _largest(row: Any) -> Any:
     return largest
 
 
-@_kernel
+@Kernel
 def cross_entropy_forward(logits: Any, targets: Any, loss: Any, log_total: Any) -> None:
     """logits (N, V), targets (N,); loss (N,) in nats and log sum exp (N,), float32."""
     for n in prange(logits.shape[0]):
@@ -193,7 +220,7 @@ def cross_entropy_forward(logits: Any, targets: Any, loss: Any, log_total: Any) 
         loss[n] = log_total[n] - _read(row, targets[n])
 
 
-@_kernel
+@Kernel
 def cross_entropy_backward(
     logits: Any, targets: Any, log_total: Any, dloss: Any, dlogits: Any
 ) -> None:
@@ -206,7 +233,7 @@ def cross_entropy_backward(
         _write(out, target, (_exp(_read(row, target) - shift) - _f32(1)) * scale)
 
 
-@_kernel
+@Kernel
 def rms_norm_forward(x: Any, weight: Any, eps: Any, y: Any) -> None:
     """y = x / rms(x) * weight: x, y (M, D), weight (D,)."""
     for m in prange(len(x)):
@@ -215,7 +242,7 @@ def rms_norm_forward(x: Any, weight: Any, eps: Any, y: Any) -> None:
             _write(y[m], j, _read(x[m], j) * scale * _read(weight, j))
 
 
-@_kernel
+@Kernel
 def rms_norm_backward(x: Any, weight: Any, eps: Any, dy: Any, dx: Any, dweight: Any) -> None:
     """Gradients of `rms_norm_forward`: dx (M, D), and dweight (S, D) to be summed."""
     parts = len(dweight)
@@ -225,7 +252,7 @@ def rms_norm_backward(x: Any, weight: Any, eps: Any, dy: Any, dx: Any, dweight: 
             _norm_back(x[m], weight, eps, dx[m], dweight[part])
 
 
-@_inlined
+@njit(**_INLINE)
 def _inverse_rms(row: Any, eps: Any) -> Any:
     total = _f32(0)
     for j in range(len(row)):
@@ -233,7 +260,7 @@ def _inverse_rms(row: Any, eps: Any) -> Any:
     return _f32(1) / np.sqrt(total / _f32(len(row)) + eps)
 
 
-@_kernel
+@Kernel
 def rotary_forward(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, y: Any) -> None:
     """Normalize each head where there is a weight, then turn it by its position.
 
@@ -254,7 +281,7 @@ def rotary_forward(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, y: Any) ->
                 _write(out, j, two * cos[t, j] + one * sin[t, j])
 
 
-@_kernel
+@Kernel
 def rotary_backward(
     x: Any, weight: Any, eps: Any, cos: Any, sin: Any, dy: Any, dx: Any, dweight: Any
 ) -> None:
@@ -269,7 +296,7 @@ def rotary_backward(
                     _norm_back(x[n, h], weight, eps, dx[n, h], dweight[part])
 
 
-@_inlined
+@njit(**_INLINE)
 def _turn_back(given: Any, cos: Any, sin: Any, out: Any, half: Any) -> None:
     for i in range(half):
         j = i + half
@@ -278,7 +305,7 @@ def _turn_back(given: Any, cos: Any, sin: Any, out: Any, half: Any) -> None:
         _write(out, j, two * cos[j] - one * sin[i])
 
 
-@_inlined
+@njit(**_INLINE)
 def _norm_back(row: Any, weight: Any, eps: Any, out: Any, dweight: Any) -> None:
     """`out` holds the gradient of the normalized row, and then that of the row."""
     scale, along = _inverse_rms(row, eps), _f32(0)

@@ -97,6 +97,8 @@ def test_arguments_that_mean_nothing(fault):
     assert "--threads 100000" in fault("layer", "--threads", "100000")
     assert "--threads" in fault("layer", "--threads", "many")
     assert "NAME" in fault()
+    assert "--litgpt-python" in fault("layer", "--litgpt-python", "python3")
+    assert "no such program" in fault("peers", "--litgpt-python", "no/python")
 
 
 def test_cells():

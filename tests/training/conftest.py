@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import signal
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ class Workshop:
                 work()
                 os._exit(0)
             except BaseException:
+                traceback.print_exc()  # pytest shows what a failed test wrote
                 os._exit(99)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
