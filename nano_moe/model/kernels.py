@@ -1,8 +1,8 @@
 """CPU kernels: one pass over memory where PyTorch's operators would take five.
 
 Compiled by numba at first use and cached on disk. Arrays are float32, or bfloat16 as the uint16 of
-its bits; arithmetic is float32. Rows are shared out over the threads and summed in a fixed order,
-so a result does not depend on how many threads there are.
+its bits; arithmetic is float32. Rows are shared out over the threads and summed in a fixed order:
+the same number of threads gives the same bits.
 
 Shapes: M rows, F hidden width, N tokens, K top_k, V vocabulary, B batch, T time, D width, H heads,
 C head width, S parts in which sums over rows are kept apart.
