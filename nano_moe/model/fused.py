@@ -14,6 +14,7 @@ one chunk, C rows of each.
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ from nano_moe.model.routing import Routing, carried_out
 
 CHUNK_BYTES = {torch.bfloat16: 64 * 2**20}  # a large chunk: its products share one call's cost
 CACHE_BYTES = 4 * 2**20  # of any other dtype: a chunk that stays in the cache
+# Compiled products are kept by shape; 1024 places, oneDNN's own number, are too few for 64 experts.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 SPARE, SPARE_ROWS = 1.25, 64  # of padding at most: a share of the rows, and rows per expert
 
 
