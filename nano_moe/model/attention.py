@@ -57,7 +57,8 @@ class Attention(nn.Module):
     def _placed(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
         """Normalized and turned heads of a projection: (B, T, H*C) -> (B, H, T, C)."""
         weight = norm.weight if isinstance(norm, RMSNorm) else x.new_empty(0)
-        if kernels.usable(x, weight, cos, sin):
+        fits = cos.shape == sin.shape == (x.shape[1], self.head_size)
+        if fits and kernels.usable(x, weight, cos, sin):
             eps = norm.eps if isinstance(norm, RMSNorm) else 0.0
             return OnePass.apply(x.unflatten(-1, (-1, self.head_size)), weight, eps, cos, sin)
         heads = x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
@@ -67,11 +68,12 @@ class Attention(nn.Module):
         q = self._placed(self.q_proj(x), self.q_norm, cos, sin)
         k = self._placed(self.k_proj(x), self.k_norm, cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        dtype = v.dtype
         if x.device.type == "cpu" and self.head_size < WIDE_HEAD:
             q, k, v = (t if t.dtype == torch.float64 else t.float() for t in (q, k, v))
         gqa = self.n_heads != self.kv_heads
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-        return self.o_proj(y.transpose(1, 2).flatten(-2).to(x.dtype))
+        return self.o_proj(y.transpose(1, 2).flatten(-2).to(dtype))
 
 
 class OnePass(torch.autograd.Function):
