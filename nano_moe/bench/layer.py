@@ -39,7 +39,7 @@ NOTES = (
 
 
 class Shape(NamedTuple):
-    """A layer to time, and the ratio to dense that issue 4 asks of `auto`."""
+    """A layer to time, and the ratio to dense that we aim at with `auto`."""
 
     tokens: int
     width: int

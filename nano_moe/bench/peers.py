@@ -49,7 +49,7 @@ NOTES = (
 
 
 class Shape(NamedTuple):
-    """One of recipes.DECODERS, its changes, and the least ratio asked of each peer (issue 4)."""
+    """One of recipes.DECODERS, its changes, and the least ratio we aim at."""
 
     name: str
     decoder: str

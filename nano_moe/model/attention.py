@@ -57,7 +57,8 @@ class Attention(nn.Module):
     def _placed(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
         """Normalized and turned heads of a projection: (B, T, H*C) -> (B, H, T, C)."""
         weight = norm.weight if isinstance(norm, RMSNorm) else x.new_empty(0)
-        if kernels.usable(x, weight, cos, sin):
+        fits = cos.shape == sin.shape == (x.shape[1], self.head_size)
+        if fits and kernels.usable(x, weight, cos, sin):
             eps = norm.eps if isinstance(norm, RMSNorm) else 0.0
             return OnePass.apply(x.unflatten(-1, (-1, self.head_size)), weight, eps, cos, sin)
         heads = x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)

@@ -33,9 +33,10 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, None]:
         """(..., D) to (..., D); tokens are taken for the sparse layer's sake and not looked at."""
-        if self.gated and kernels.usable(x, self.gate_up.weight, self.down.weight):
-            dtype = compute_dtype(x)
-            operands = (x.flatten(0, -2), self.gate_up.weight, self.down.weight)
+        dtype = compute_dtype(x)
+        one_pass = self.gated and dtype in kernels.DTYPES
+        if one_pass and kernels.usable(x, self.gate_up.weight, self.down.weight):
+            operands = (x.reshape(-1, x.shape[-1]), self.gate_up.weight, self.down.weight)
             return OnePass.apply(*(t.to(dtype) for t in operands)).view(x.shape), None
         hidden = swiglu(self.gate_up(x)) if self.gated else F.gelu(self.up(x))
         return self.down(hidden), None
@@ -47,7 +48,7 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         product, ones = x @ gate_up.T, torch.ones(len(x))  # (M, 2F), (M,)
-        hidden = x.new_empty(len(x), down.shape[1])
+        hidden = x.new_empty(len(x), product.shape[1] // 2)
         kernels.launch(kernels.swiglu_forward, product, ones, hidden)
         ctx.save_for_backward(x, gate_up, down, product, ones)
         return hidden @ down.T

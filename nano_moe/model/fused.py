@@ -14,6 +14,7 @@ one chunk, C rows of each.
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ from nano_moe.model.routing import Routing, carried_out
 
 CHUNK_BYTES = {torch.bfloat16: 64 * 2**20}  # a large chunk: its products share one call's cost
 CACHE_BYTES = 4 * 2**20  # of any other dtype: a chunk that stays in the cache
+# Compiled products are kept by shape; 1024 places, oneDNN's own number, are too few for 64 experts.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 SPARE, SPARE_ROWS = 1.25, 64  # of padding at most: a share of the rows, and rows per expert
 
 
@@ -53,9 +56,19 @@ def fused(
     dtype, (ids, counts) = compute_dtype(x), carried_out(routing)
     row_bytes = dtype.itemsize * (first.shape[1] + 2 * down.shape[2] + x.shape[1])
     most = CHUNK_BYTES.get(dtype, CACHE_BYTES) // row_bytes
-    chunks = plan(counts.tolist(), most, dtype)
-    operands = (x.to(dtype), routing.weights, first.to(dtype), down.to(dtype))
-    y = InChunks.apply(*operands, ids.view_as(routing.ids), chunks, activation is swiglu)
+    loads = counts.tolist()
+    chunks, first, down = plan(loads, most, dtype), first.to(dtype), down.to(dtype)
+    by_load = sorted(range(len(loads)), key=loads.__getitem__)
+    sorted_chunks = plan([loads[expert] for expert in by_load], most, dtype)
+    if dtype == torch.bfloat16 and len(sorted_chunks) < len(chunks):
+        order = torch.tensor(by_load)
+        rank = torch.full((len(loads) + 1,), len(loads)).scatter_(
+            0, order, torch.arange(len(loads))
+        )
+        chunks, ids = sorted_chunks, rank[ids]
+        first, down = first.index_select(0, order), down.index_select(0, order)
+    ids = ids.view_as(routing.ids)
+    y = InChunks.apply(x.to(dtype), routing.weights, first, down, ids, chunks, activation is swiglu)
     return y.to(x.dtype)
 
 

@@ -1,8 +1,8 @@
 """CPU kernels: one pass over memory where PyTorch's operators would take five.
 
 Compiled by numba at first use and cached on disk. Arrays are float32, or bfloat16 as the uint16 of
-its bits; arithmetic is float32. Rows are shared out over the threads and summed in a fixed order,
-so a result does not depend on how many threads there are.
+its bits; arithmetic is float32. Rows are shared out over the threads and summed in a fixed order:
+the same number of threads gives the same bits.
 
 Shapes: M rows, F hidden width, N tokens, K top_k, V vocabulary, B batch, T time, D width, H heads,
 C head width, S parts in which sums over rows are kept apart.
@@ -22,20 +22,23 @@ from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor, nn
 
-# Sums may be reordered and products contracted, but NaN and infinity keep their meaning.
-_FAST = {"reassoc", "contract", "arcp", "nsz"}
+# Sums may be reordered and products contracted, but NaN and infinity keep their meaning: "arcp"
+# would make 1 / sqrt(infinity) NaN.
+_FAST = {"reassoc", "contract", "nsz"}
 PARTS = 32  # S; more than any CPU we expect has cores to keep busy
-# Inlined by LLVM: numba's own inlining (0.68) dropped the second of two writes in one kernel.
+# Inlined by LLVM: numba's own inlining (0.68) drops the last write to an array that was unpacked
+# from a tuple of four or more.
 _INLINE = {"forceinline": True, "fastmath": _FAST}
+# What reordering would round off.
+_IN_ORDER = {"forceinline": True, "fastmath": {"contract", "nsz"}}
+DTYPES = (torch.float32, torch.bfloat16)
 _f32, _u32, _i32 = np.float32, np.uint32, np.int32
 
 
 def usable(*tensors: Tensor) -> bool:
     """Whether these are real float32 or bfloat16 values in CPU memory, and nobody is tracing."""
     return not torch.compiler.is_compiling() and all(
-        type(x) in (Tensor, nn.Parameter)
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
+        type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in DTYPES
         for x in tensors
     )
 
@@ -44,6 +47,14 @@ def array(x: Tensor) -> np.ndarray[Any, Any]:
     """The tensor's own memory."""
     x = x.detach()
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def _compiled(function: Any, **options: Any) -> Any:
+    """`njit`, without a cache on disk where there is no folder to write it to."""
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # numba: no locator available
+        return njit(**options)(function)
 
 
 class Kernel:
@@ -57,8 +68,9 @@ class Kernel:
     def __init__(self, function: Any):
         alone = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_alone")
         alone.__qualname__ = alone.__name__  # numba's cache tells functions apart by it
-        self.shared = njit(parallel=True, fastmath=_FAST, cache=True)(function)
-        self.alone = njit(fastmath=_FAST, cache=True)(alone)
+        self.shared = _compiled(function, parallel=True, fastmath=_FAST)
+        # As in the first, no division is checked; no loop with a check in it would be vectorized.
+        self.alone = _compiled(alone, fastmath=_FAST, error_model="numpy")
 
     def __call__(self, *arguments: Any) -> None:
         threads = torch.get_num_threads()
@@ -105,7 +117,7 @@ def _overload_read(row, j):
 
 
 def _write(row, j, value):
-    """row[j] = value, rounded to the nearest, ties to even."""
+    """row[j] = value, rounded to the nearest, ties to even; NaN stays NaN."""
 
 
 @overload(_write, jit_options=_INLINE)
@@ -114,7 +126,8 @@ def _overload_write(row, j, value):
 
         def write(row, j, value):
             bits = _bits(value)
-            row[j] = np.uint16((bits + _u32(0x7FFF) + ((bits >> _u32(16)) & _u32(1))) >> _u32(16))
+            rounded = (bits + _u32(0x7FFF) + ((bits >> _u32(16)) & _u32(1))) >> _u32(16)
+            row[j] = np.uint16(rounded if value == value else _u32(0x7FC0))
 
         return write
 
@@ -124,14 +137,14 @@ def _overload_write(row, j, value):
     return write_float
 
 
-@njit(**_INLINE)
+@njit(**_IN_ORDER)
 def _exp(x: Any) -> Any:
-    """e^x to two units in the last place on [-87, 88], and its value at the bound beyond them.
+    """e^x to two units in the last place on [-87, 88]; soon beyond them 0 and infinity.
 
     Cody & Waite's reduction by ln 2 in two parts, then a polynomial on [-ln 2 / 2, ln 2 / 2].
     """
-    x = _f32(-87) if x < _f32(-87) else x  # so written, NaN stays NaN
-    x = _f32(88) if x > _f32(88) else x
+    x = _f32(-88) if x < _f32(-88) else x  # so written, NaN stays NaN
+    x = _f32(89) if x > _f32(89) else x
     n = np.floor(x * _f32(1.44269504) + _f32(0.5))
     r = (x - n * _f32(0.693359375)) + n * _f32(2.12194440e-4)
     p = _f32(1.0 / 5040)
@@ -141,7 +154,7 @@ def _exp(x: Any) -> Any:
     p = p * r + _f32(1.0 / 6)
     p = p * r + _f32(0.5)
     p = p * r * r + r + _f32(1)
-    return p * _from_bits(_u32(_i32(n) + _i32(127)) << _u32(23))
+    return p * _from_bits(_u32(_i32(n) + _i32(127)) << _u32(23))  # n = -127: 0, n = 128: infinity
 
 
 @Kernel
@@ -176,23 +189,35 @@ def swiglu_backward(
             d *= scale
             _write(out, j, silu * u * scale)
             _write(dup, j, d * silu)
-            _write(dgate, j, d * u * sigmoid * (_f32(1) + g - silu))
+            _write(dgate, j, d * u * _silu_slope(g, sigmoid))
         dweight[m] = total
 
 
-@njit(cache=True)
+@njit(**_IN_ORDER)
+def _silu_slope(gate: Any, sigmoid: Any) -> Any:
+    return sigmoid * (_f32(1) + gate * (_f32(1) - sigmoid))
+
+
+@_compiled
 def place(ids: Any, weights: Any, starts: Any, dest: Any, token: Any, weight: Any) -> None:
     """Lay assignments out by expert, in order of tokens; an id past the experts goes to the end.
 
     ids, weights, dest (N, K): where the assignment's row is; starts (E + 1,), used up; of each
     row its token (M + 1,) and weight (M + 1,).
     """
+    n_experts, end = len(starts) - 1, len(token) - 1
+    if ids.shape != weights.shape:
+        raise ValueError("there are not as many routing weights as experts' ids")
     for n in range(ids.shape[0]):
         for k in range(ids.shape[1]):
             expert = ids[n, k]
+            if expert < 0 or expert > n_experts:
+                raise IndexError("an expert's id is out of range")
             row = starts[expert]
+            if row >= end and expert < n_experts:
+                raise IndexError("an expert has more assignments than were counted")
             dest[n, k] = row
-            if expert < len(starts) - 1:
+            if expert < n_experts:
                 starts[expert] = row + 1
                 token[row] = n
                 weight[row] = weights[n, k]
@@ -209,28 +234,35 @@ def _largest(row: Any) -> Any:
 
 
 @Kernel
-def cross_entropy_forward(logits: Any, targets: Any, loss: Any, log_total: Any) -> None:
-    """logits (N, V), targets (N,); loss (N,) in nats and log sum exp (N,), float32."""
+def cross_entropy_forward(logits: Any, targets: Any, loss: Any, largest: Any, total: Any) -> None:
+    """logits (N, V), targets (N,); loss (N,) in nats, largest logit and sum of e^(logit - largest).
+
+    The logarithm of the sum and the largest stay apart: their sum would round off small losses.
+    """
     for n in prange(logits.shape[0]):
-        row, total = logits[n], _f32(0)
-        largest = _largest(row)
+        row, shift, summed = logits[n], _largest(logits[n]), _f32(0)
         for j in range(len(row)):
-            total += _exp(_read(row, j) - largest)
-        log_total[n] = largest + np.log(total)
-        loss[n] = log_total[n] - _read(row, targets[n])
+            summed += _exp(_read(row, j) - shift)
+        largest[n], total[n] = shift, summed
+        loss[n] = _loss(summed, _read(row, targets[n]), shift)
+
+
+@njit(**_IN_ORDER)
+def _loss(total: Any, logit: Any, shift: Any) -> Any:
+    return np.log(total) - (logit - shift)
 
 
 @Kernel
 def cross_entropy_backward(
-    logits: Any, targets: Any, log_total: Any, dloss: Any, dlogits: Any
+    logits: Any, targets: Any, largest: Any, total: Any, dloss: Any, dlogits: Any
 ) -> None:
     """dlogits (N, V) of `cross_entropy_forward`, given dloss (N,)."""
     for n in prange(logits.shape[0]):
-        row, out, shift, scale = logits[n], dlogits[n], log_total[n], dloss[n]
+        row, out, shift, scale = logits[n], dlogits[n], largest[n], dloss[n] / total[n]
         for j in range(len(row)):
             _write(out, j, _exp(_read(row, j) - shift) * scale)
         target = targets[n]
-        _write(out, target, (_exp(_read(row, target) - shift) - _f32(1)) * scale)
+        _write(out, target, _exp(_read(row, target) - shift) * scale - dloss[n])
 
 
 @Kernel
@@ -277,8 +309,8 @@ def rotary_forward(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, y: Any) ->
                 one, two = _read(row, i) * scale, _read(row, j) * scale
                 if len(weight):
                     one, two = one * _read(weight, i), two * _read(weight, j)
-                _write(out, i, one * cos[t, i] - two * sin[t, i])
-                _write(out, j, two * cos[t, j] + one * sin[t, j])
+                _write(out, i, one * _read(cos[t], i) - two * _read(sin[t], i))
+                _write(out, j, two * _read(cos[t], j) + one * _read(sin[t], j))
 
 
 @Kernel
@@ -301,8 +333,8 @@ def _turn_back(given: Any, cos: Any, sin: Any, out: Any, half: Any) -> None:
     for i in range(half):
         j = i + half
         one, two = _read(given, i), _read(given, j)
-        _write(out, i, one * cos[i] + two * sin[j])
-        _write(out, j, two * cos[j] - one * sin[i])
+        _write(out, i, one * _read(cos, i) + two * _read(sin, j))
+        _write(out, j, two * _read(cos, j) - one * _read(sin, i))
 
 
 @njit(**_INLINE)

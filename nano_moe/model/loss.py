@@ -5,7 +5,7 @@ Shapes: B batch, T time, N = B*T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,17 @@ from nano_moe.model import kernels
 from nano_moe.model.ops import at_least_float32
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean"
+) -> Tensor:
     """Next-token cross-entropy in nats, in at least float32.
 
-    logits (B, T, V), targets (B, T); scalar, or (B*T,) for "none".
+    logits (B, T, V), targets (B, T) int64; scalar, or (B*T,) for "none". On CPUs raises IndexError
+    for a target that is not in [0, V).
     """
     flat, wanted = logits.flatten(0, -2), targets.flatten()
-    if kernels.usable(flat):
+    fits = len(wanted) == len(flat) and wanted.dtype == torch.int64
+    if fits and kernels.usable(flat):
         each = OnePass.apply(flat, wanted)
         return each.mean() if reduction == "mean" else each
     return F.cross_entropy(at_least_float32(flat), wanted, reduction=reduction)
@@ -36,15 +40,15 @@ class OnePass(torch.autograd.Function):
         logits, targets = logits.contiguous(), targets.contiguous()
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
             raise IndexError(f"a target is not in [0, {logits.shape[1]})")
-        loss, log_total = torch.empty(len(logits)), torch.empty(len(logits))
-        kernels.launch(kernels.cross_entropy_forward, logits, targets, loss, log_total)
-        ctx.save_for_backward(logits, targets, log_total)
+        loss, largest, total = (torch.empty(len(logits)) for _ in range(3))
+        kernels.launch(kernels.cross_entropy_forward, logits, targets, loss, largest, total)
+        ctx.save_for_backward(logits, targets, largest, total)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, targets, log_total = ctx.saved_tensors
-        dlogits, dloss = torch.empty_like(logits), gradients[0].contiguous()
-        kernels.launch(kernels.cross_entropy_backward, logits, targets, log_total, dloss, dlogits)
+        logits, dloss = ctx.saved_tensors[0], gradients[0].contiguous()
+        dlogits = torch.empty_like(logits)
+        kernels.launch(kernels.cross_entropy_backward, *ctx.saved_tensors, dloss, dlogits)
         return dlogits, None

@@ -50,7 +50,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        if x.dtype == self.weight.dtype and kernels.usable(x, self.weight):
+        fits = x.shape[-1:] == self.weight.shape and x.dtype == self.weight.dtype
+        if fits and kernels.usable(x, self.weight):
             return OnePassNorm.apply(x, self.weight, self.eps)
         wide = at_least_float32(x)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
@@ -62,18 +63,18 @@ class OnePassNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows, y = x.contiguous().flatten(0, -2), torch.empty_like(x.contiguous())
-        kernels.launch(kernels.rms_norm_forward, rows, weight, eps, y.flatten(0, -2))
+        rows = x.contiguous().view(-1, len(weight))
+        y = torch.empty_like(rows)
+        kernels.launch(kernels.rms_norm_forward, rows, weight, eps, y)
         ctx.save_for_backward(rows, weight)
         ctx.eps = eps
-        return y
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight = ctx.saved_tensors
-        dy, dx = gradients[0].contiguous(), torch.empty_like(rows)
+        dy, dx = gradients[0].contiguous().view_as(rows), torch.empty_like(rows)
         parts = torch.zeros(kernels.PARTS, len(weight))
-        given = dy.flatten(0, -2)
-        kernels.launch(kernels.rms_norm_backward, rows, weight, ctx.eps, given, dx, parts)
-        return dx.view_as(dy), parts.sum(0).to(weight.dtype), None
+        kernels.launch(kernels.rms_norm_backward, rows, weight, ctx.eps, dy, dx, parts)
+        return dx.view_as(gradients[0]), parts.sum(0).to(weight.dtype), None

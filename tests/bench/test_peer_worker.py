@@ -6,12 +6,12 @@ import ast
 
 import pytest
 import torch
+from hugging_face import rules_of, to_hugging_face
 
 from nano_moe.bench import peer_worker
 from nano_moe.bench.peer_process import WORKER
 from nano_moe.bench.peers import SHAPES, job
 from nano_moe.bench.recipes import QUICK, recipe
-from tests.hugging_face import rules_of, to_hugging_face
 
 
 def quick_job(shape, *changes):

@@ -96,9 +96,12 @@ def trained(tmp_path_factory):
     lines = [" ".join(rng.choice(words, 9)) for _ in range(20)]
     (folder / "text.txt").write_text("\n".join(lines) + "\n")
     (folder / "tiny.yaml").write_text(TINY)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests that compare with it
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["train", "tiny.yaml", "--name", "done", "--json"]) == 0
+    torch.set_num_threads(threads)
     return folder
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nano_moe.model.experts import DISPATCH, Experts, grouped, loop
-from nano_moe.model.fused import fused
+from nano_moe.model.fused import fused, plan
 from nano_moe.model.ops import ACTIVATIONS
 from nano_moe.model.routing import Routing
 
@@ -275,3 +275,19 @@ def test_the_backend_that_is_named_runs_and_auto_chooses(monkeypatch, compiling,
     for backend in ("loop", "grouped", "fused", "auto"):
         Experts(1, 8, 8, backend)(torch.randn(2, 8, dtype=torch.bfloat16), routing)
     assert ran == ["loop", "grouped", "fused", chosen]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_very_uneven_loads_change_nothing(dtype):
+    """Every other expert has forty times the load: in bf16 experts are sorted to share products."""
+    torch.manual_seed(4)
+    counts = [400, 10] * 8
+    assert len(plan(sorted(counts), 10_000, dtype)) < len(plan(counts, 10_000, dtype))
+    ids = torch.arange(16).repeat_interleave(torch.tensor(counts)).unsqueeze(-1)
+    ids = ids[torch.randperm(len(ids))]
+    x, weights = torch.randn(len(ids), 16, dtype=dtype), torch.rand(len(ids), 1)
+    gate_up, down = torch.randn(16, 48, 16, dtype=dtype), torch.randn(16, 16, 24, dtype=dtype)
+    problem = Problem(x, ids, weights, gate_up, down)
+    for mine, reference in zip(run(fused, problem), run(loop, problem), strict=True):
+        error = (mine.double() - reference.double()).norm() / reference.double().norm()
+        assert error < (1e-6 if dtype == torch.float32 else 2e-2)
