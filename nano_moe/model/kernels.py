@@ -105,31 +105,31 @@ def _from_bits(typing_context: Any, value: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
-def _read(row, j):
+def read(row, j):
     """row[j] as a float32."""
 
 
-@overload(_read, jit_options=_INLINE)
+@overload(read, jit_options=_INLINE)
 def _overload_read(row, j):
     if row.dtype == types.uint16:
         return lambda row, j: _from_bits(_u32(row[j]) << _u32(16))
     return lambda row, j: row[j]
 
 
-def _write(row, j, value):
+def write(row, j, value):
     """row[j] = value, rounded to the nearest, ties to even; NaN stays NaN."""
 
 
-@overload(_write, jit_options=_INLINE)
+@overload(write, jit_options=_INLINE)
 def _overload_write(row, j, value):
     if row.dtype == types.uint16:
 
-        def write(row, j, value):
+        def write_rounded(row, j, value):
             bits = _bits(value)
             rounded = (bits + _u32(0x7FFF) + ((bits >> _u32(16)) & _u32(1))) >> _u32(16)
             row[j] = np.uint16(rounded if value == value else _u32(0x7FC0))
 
-        return write
+        return write_rounded
 
     def write_float(row, j, value):
         row[j] = value
@@ -164,8 +164,8 @@ def swiglu_forward(product: Any, weight: Any, hidden: Any) -> None:
     for m in prange(hidden.shape[0]):
         gate, up, out, scale = product[m, :width], product[m, width:], hidden[m], weight[m]
         for j in range(width):
-            g = _read(gate, j)
-            _write(out, j, g / (_f32(1) + _exp(-g)) * _read(up, j) * scale)
+            g = read(gate, j)
+            write(out, j, g / (_f32(1) + _exp(-g)) * read(up, j) * scale)
 
 
 @Kernel
@@ -182,14 +182,14 @@ def swiglu_backward(
         gate, up, given, out = product[m, :width], product[m, width:], dhidden[m], hidden[m]
         dgate, dup, scale, total = dproduct[m, :width], dproduct[m, width:], weight[m], _f32(0)
         for j in range(width):
-            g, u, d = _read(gate, j), _read(up, j), _read(given, j)
+            g, u, d = read(gate, j), read(up, j), read(given, j)
             sigmoid = _f32(1) / (_f32(1) + _exp(-g))
             silu = g * sigmoid
             total += d * silu * u
             d *= scale
-            _write(out, j, silu * u * scale)
-            _write(dup, j, d * silu)
-            _write(dgate, j, d * u * _silu_slope(g, sigmoid))
+            write(out, j, silu * u * scale)
+            write(dup, j, d * silu)
+            write(dgate, j, d * u * _silu_slope(g, sigmoid))
         dweight[m] = total
 
 
@@ -228,7 +228,7 @@ def _largest(row: Any) -> Any:
     """Of a row without NaN; with one it is any of the others, and the sum of exponents is NaN."""
     largest = _f32(-np.inf)
     for j in range(len(row)):
-        value = _read(row, j)
+        value = read(row, j)
         largest = value if value > largest else largest
     return largest
 
@@ -242,9 +242,9 @@ def cross_entropy_forward(logits: Any, targets: Any, loss: Any, largest: Any, to
     for n in prange(logits.shape[0]):
         row, shift, summed = logits[n], _largest(logits[n]), _f32(0)
         for j in range(len(row)):
-            summed += _exp(_read(row, j) - shift)
+            summed += _exp(read(row, j) - shift)
         largest[n], total[n] = shift, summed
-        loss[n] = _loss(summed, _read(row, targets[n]), shift)
+        loss[n] = _loss(summed, read(row, targets[n]), shift)
 
 
 @njit(**_IN_ORDER)
@@ -260,9 +260,9 @@ def cross_entropy_backward(
     for n in prange(logits.shape[0]):
         row, out, shift, scale = logits[n], dlogits[n], largest[n], dloss[n] / total[n]
         for j in range(len(row)):
-            _write(out, j, _exp(_read(row, j) - shift) * scale)
+            write(out, j, _exp(read(row, j) - shift) * scale)
         target = targets[n]
-        _write(out, target, _exp(_read(row, target) - shift) * scale - dloss[n])
+        write(out, target, _exp(read(row, target) - shift) * scale - dloss[n])
 
 
 @Kernel
@@ -271,7 +271,7 @@ def rms_norm_forward(x: Any, weight: Any, eps: Any, y: Any) -> None:
     for m in prange(len(x)):
         scale = _inverse_rms(x[m], eps)
         for j in range(x.shape[1]):
-            _write(y[m], j, _read(x[m], j) * scale * _read(weight, j))
+            write(y[m], j, read(x[m], j) * scale * read(weight, j))
 
 
 @Kernel
@@ -288,7 +288,7 @@ def rms_norm_backward(x: Any, weight: Any, eps: Any, dy: Any, dx: Any, dweight: 
 def _inverse_rms(row: Any, eps: Any) -> Any:
     total = _f32(0)
     for j in range(len(row)):
-        total += _read(row, j) * _read(row, j)
+        total += read(row, j) * read(row, j)
     return _f32(1) / np.sqrt(total / _f32(len(row)) + eps)
 
 
@@ -306,11 +306,11 @@ def rotary_forward(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, y: Any) ->
             scale = _inverse_rms(row, eps) if len(weight) else _f32(1)
             for i in range(half):
                 j = i + half
-                one, two = _read(row, i) * scale, _read(row, j) * scale
+                one, two = read(row, i) * scale, read(row, j) * scale
                 if len(weight):
-                    one, two = one * _read(weight, i), two * _read(weight, j)
-                _write(out, i, one * _read(cos[t], i) - two * _read(sin[t], i))
-                _write(out, j, two * _read(cos[t], j) + one * _read(sin[t], j))
+                    one, two = one * read(weight, i), two * read(weight, j)
+                write(out, i, one * read(cos[t], i) - two * read(sin[t], i))
+                write(out, j, two * read(cos[t], j) + one * read(sin[t], j))
 
 
 @Kernel
@@ -332,9 +332,9 @@ def rotary_backward(
 def _turn_back(given: Any, cos: Any, sin: Any, out: Any, half: Any) -> None:
     for i in range(half):
         j = i + half
-        one, two = _read(given, i), _read(given, j)
-        _write(out, i, one * _read(cos, i) + two * _read(sin, j))
-        _write(out, j, two * _read(cos, j) - one * _read(sin, i))
+        one, two = read(given, i), read(given, j)
+        write(out, i, one * read(cos, i) + two * read(sin, j))
+        write(out, j, two * read(cos, j) - one * read(sin, i))
 
 
 @njit(**_INLINE)
@@ -342,10 +342,10 @@ def _norm_back(row: Any, weight: Any, eps: Any, out: Any, dweight: Any) -> None:
     """`out` holds the gradient of the normalized row, and then that of the row."""
     scale, along = _inverse_rms(row, eps), _f32(0)
     for j in range(len(row)):
-        normed, given = _read(row, j) * scale, _read(out, j)
+        normed, given = read(row, j) * scale, read(out, j)
         dweight[j] += given * normed
-        along += given * _read(weight, j) * normed
+        along += given * read(weight, j) * normed
     along /= _f32(len(row))
     for j in range(len(row)):
-        normed, given = _read(row, j) * scale, _read(out, j)
-        _write(out, j, scale * (given * _read(weight, j) - normed * along))
+        normed, given = read(row, j) * scale, read(out, j)
+        write(out, j, scale * (given * read(weight, j) - normed * along))

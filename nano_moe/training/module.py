@@ -92,10 +92,11 @@ class Decoder(L.LightningModule):
         limit = self.recipe.optim.grad_clip
         if limit <= 0:
             return
-        scale = (limit / (self.gradient_norms["total"] + 1e-6)).clamp(max=1.0)
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale.to(parameter.grad.dtype))
+        scale = limit / (self.gradient_norms["total"].item() + 1e-6)
+        if scale < 1:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
 
     def configure_optimizers(self) -> Any:
         config, steps = self.recipe.optim, self.recipe.trainer.steps
@@ -136,7 +137,7 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
             continue
-        square = parameter.grad.detach().float().square().sum()
+        square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
         squares["total"].append(square)
         for part in ("router", "experts"):
             if f".{part}." in name:

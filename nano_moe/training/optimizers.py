@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nano_moe.config import OptimConfig
 from nano_moe.device import native_bf16
+from nano_moe.training import elementwise
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024 (Muon)
 NEWTON_SCHULZ_STEPS = 5
@@ -96,41 +97,49 @@ class MuonAdamW(torch.optim.Optimizer):
         """Loshchilov & Hutter 2019, algorithm 2."""
         if parameter.grad is None:
             return
-        grad, state = parameter.grad, self.state[parameter]
+        state = self.state[parameter]
         if not state:
-            state["step"] = grad.new_zeros(grad.shape[:1] + (1, 1) if grad.ndim == 3 else ())
+            stacked = parameter.ndim > 2
+            state["step"] = parameter.new_zeros((len(parameter), 1, 1) if stacked else ())
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        live = _live(grad)
-        state["step"] += 1 if live is None else live  # an expert's own steps correct its moments
-        beta1, beta2, step = group["beta1"], group["beta2"], state["step"].clamp_min(1)
-        _lerp(state["exp_avg"], grad, 1 - beta1, live)
-        _lerp(state["exp_avg_sq"], grad.square(), 1 - beta2, live)
-        denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update = (state["exp_avg"] / (1 - beta1**step)).div_(denominator)
-        update.add_(parameter, alpha=group["weight_decay"])
-        parameter.sub_(update if live is None else update.mul_(live), alpha=group["lr"])
+        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        weight, grad, average, square = (_stacks(x) for x in tensors)
+        live = _live(grad, parameter)
+        step = state["step"].view(-1).add_(live)  # an expert's own steps correct its moments
+        moments = elementwise.Moments(average, square, step)
+        elementwise.adamw(weight, grad, moments, live, group)
 
     def _muon(self, group: dict[str, Any]) -> None:
-        """Nesterov momentum, orthogonalized; same-shaped matrices share one batched iteration."""
-        batches: dict[tuple[int, int], list[Update]] = defaultdict(list)
+        """Same-shaped matrices share one batched iteration."""
+        batches: dict[torch.Size, list[Update]] = defaultdict(list)
         for parameter, fused in zip(group["params"], group["fused"], strict=True):
             if parameter.grad is None:
                 continue
-            grad, state = parameter.grad, self.state[parameter]
+            state, pieces = self.state[parameter], 2 if fused else 1
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
-            live = _live(grad)
-            _lerp(state["momentum"], grad, 1 - group["momentum"], live)
-            for update in _matrices(parameter, grad, state["momentum"], live, fused):
-                batches[update.weight.shape[1], update.weight.shape[2]].append(update)
-        decay = group["lr"] * group["weight_decay"]
-        for (_, columns), updates in batches.items():
-            dtype = self._newton_schulz_dtype(updates[0].weight)
+            tensors = (parameter, parameter.grad, state["momentum"])
+            weight, grad, average = (_stacks(x, pieces) for x in tensors)
+            update = Update(weight, grad, average, _live(grad, parameter))
+            batches[weight.shape[1:]].append(update)
+        for updates in batches.values():
             for piece in _pieces(updates):
-                directions = [u.grad.lerp(u.momentum, group["momentum"]) for u in piece]
-                steps = orthogonalize(torch.cat(directions), dtype)
-                _apply(piece, steps, group["lr"] * MATCH_RMS_ADAMW * columns**0.5, decay)
+                self._muon_together(piece, group)
+
+    def _muon_together(self, updates: list[Update], group: dict[str, Any]) -> None:
+        """Nesterov momentum, orthogonalized."""
+        dtype = self._newton_schulz_dtype(updates[0].weight)
+        directions = [
+            elementwise.direction(u.grad, u.momentum, u.live, group["momentum"], dtype)
+            for u in updates
+        ]
+        steps = newton_schulz(torch.cat(directions) if len(updates) > 1 else directions[0])
+        rate = group["lr"] * MATCH_RMS_ADAMW * max(steps.shape[1:]) ** 0.5
+        decay = group["lr"] * group["weight_decay"]
+        parts = steps.split([len(u.weight) for u in updates])
+        for update, step in zip(updates, parts, strict=True):
+            elementwise.move(update.weight, step, update.live, rate, decay)
 
     def _newton_schulz_dtype(self, x: Tensor) -> torch.dtype:
         if x.dtype == torch.float64:
@@ -142,13 +151,24 @@ class MuonAdamW(torch.optim.Optimizer):
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly: singular values land in about [0.7, 1.2].
 
-    (S, m, n) with m <= n to (S, m, n) in `dtype`. Newton-Schulz, Jordan et al. 2024 (Muon).
+    (S, m, n) to (S, m, n) in `dtype`. Newton-Schulz, Jordan et al. 2024 (Muon).
+    """
+    return newton_schulz((matrices / elementwise.norms(matrices)).to(dtype))
+
+
+def newton_schulz(x: Tensor) -> Tensor:
+    """The iteration, from matrices (S, m, n) of norm 1.
+
+    x goes to (a + b A + c A^2) x, A = x x^T; the polynomial is one matrix, so that x is only
+    multiplied, never copied. Tall matrices are multiplied from the right, by polynomials in x^T x.
     """
     a, b, c = NEWTON_SCHULZ
-    x = (matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)).to(dtype)
+    tall = x.shape[1] > x.shape[2]
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = x @ polynomial if tall else polynomial @ x
     return x
 
 
@@ -157,25 +177,17 @@ class Update(NamedTuple):
 
     weight: Tensor  # (S, m, n), written in place
     grad: Tensor  # (S, m, n)
-    momentum: Tensor  # (S, m, n)
-    live: Tensor | None  # (S, 1, 1), 0 for an expert to leave alone
+    momentum: Tensor  # (S, m, n), written in place
+    live: Tensor  # (S,), 0 for an expert to leave alone
 
     def part(self, start: int, stop: int) -> Update:
-        cut = slice(start, stop)
-        live = None if self.live is None else self.live[cut]
-        return Update(self.weight[cut], self.grad[cut], self.momentum[cut], live)
+        return Update(*(tensor[start:stop] for tensor in self))
 
 
-def _matrices(
-    parameter: Tensor, grad: Tensor, momentum: Tensor, live: Tensor | None, fused: bool
-) -> Iterator[Update]:
-    """Split a fused gate_up product in two, and lay every matrix with m <= n."""
-    pieces = 2 if fused else 1
-    tall = parameter.shape[-2] // pieces > parameter.shape[-1]
-    stacks = (x if x.ndim == 3 else x.unsqueeze(0) for x in (parameter, grad, momentum))
-    for views in zip(*(x.chunk(pieces, dim=-2) for x in stacks), strict=True):
-        weight, gradient, average = (view.mT if tall else view for view in views)
-        yield Update(weight, gradient, average, live)
+def _stacks(x: Tensor, pieces: int = 1) -> Tensor:
+    """A parameter, or its gradient, as matrices (S, m, n); a fused gate_up product is two."""
+    rows = x.shape[-2] // pieces if x.ndim > 1 else 1
+    return x.view(-1 if x.ndim > 2 or pieces > 1 else 1, rows, x.shape[-1])
 
 
 def _pieces(updates: list[Update]) -> Iterator[list[Update]]:
@@ -199,23 +211,8 @@ def _pieces(updates: list[Update]) -> Iterator[list[Update]]:
         yield piece
 
 
-def _live(grad: Tensor) -> Tensor | None:
-    """For stacked experts (E, m, n): which got any gradient, (E, 1, 1); else None."""
-    if grad.ndim < 3:
-        return None
-    largest, smallest = (f(grad, dim=(-2, -1), keepdim=True) for f in (torch.amax, torch.amin))
-    return ((largest > 0) | (smallest < 0)).to(grad.dtype)
-
-
-def _lerp(average: Tensor, value: Tensor, weight: float, live: Tensor | None) -> None:
-    average.lerp_(value, weight if live is None else live * weight)
-
-
-def _apply(updates: list[Update], steps: Tensor, scale: float, decay: float) -> None:
-    sizes = [len(update.weight) for update in updates]
-    for (weight, _, _, live), step in zip(updates, steps.split(sizes), strict=True):
-        step = step.to(weight.dtype)
-        if live is None:
-            weight.mul_(1 - decay).sub_(step, alpha=scale)
-        else:
-            weight.sub_(live * (weight * decay + step * scale))
+def _live(grad: Tensor, parameter: Tensor) -> Tensor:
+    """Which matrices of stacked experts got any gradient, (S,): 1 or 0. Others always do."""
+    if parameter.ndim < 3:
+        return grad.new_ones(len(grad))
+    return elementwise.nonzero(grad)

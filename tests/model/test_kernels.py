@@ -81,13 +81,13 @@ def assert_as_faulty(value: Tensor, torchs: Tensor):
 @numba.njit
 def _written(values, out):
     for i in range(len(values)):
-        kernels._write(out, i, values[i])
+        kernels.write(out, i, values[i])
 
 
 @numba.njit
 def _as_read(bits, out):
     for i in range(len(bits)):
-        out[i] = kernels._read(bits, i)
+        out[i] = kernels.read(bits, i)
 
 
 @numba.njit(fastmath=kernels._FAST)
