@@ -49,27 +49,44 @@ class Chunk(NamedTuple):
         return x.view(self.last - self.first, self.rows, -1)
 
 
+class Layout(NamedTuple):
+    """Chunks that hold every assignment, and the experts in their order."""
+
+    chunks: list[Chunk]
+    order: Tensor | None  # (E,), the expert at each place; None: each at its own
+
+    def places(self, ids: Tensor) -> Tensor:
+        """Experts' ids to places; E, a dropped assignment's, stays."""
+        if self.order is None:
+            return ids
+        n_experts = len(self.order)
+        places = torch.full((n_experts + 1,), n_experts)
+        return places.scatter_(0, self.order, torch.arange(n_experts))[ids]
+
+
 def fused(
     x: Tensor, routing: Routing, first: Tensor, down: Tensor, activation: Activation = swiglu
 ) -> Tensor:
     """x (N, D), first (E, 2F or F, D), down (E, D, F); (N, D) in the dtype of `x`."""
     dtype, (ids, counts) = compute_dtype(x), carried_out(routing)
     row_bytes = dtype.itemsize * (first.shape[1] + 2 * down.shape[2] + x.shape[1])
-    most = CHUNK_BYTES.get(dtype, CACHE_BYTES) // row_bytes
-    loads = counts.tolist()
-    chunks, first, down = plan(loads, most, dtype), first.to(dtype), down.to(dtype)
-    by_load = sorted(range(len(loads)), key=loads.__getitem__)
-    sorted_chunks = plan([loads[expert] for expert in by_load], most, dtype)
-    if dtype == torch.bfloat16 and len(sorted_chunks) < len(chunks):
-        order = torch.tensor(by_load)
-        rank = torch.full((len(loads) + 1,), len(loads)).scatter_(
-            0, order, torch.arange(len(loads))
-        )
-        chunks, ids = sorted_chunks, rank[ids]
-        first, down = first.index_select(0, order), down.index_select(0, order)
-    ids = ids.view_as(routing.ids)
-    y = InChunks.apply(x.to(dtype), routing.weights, first, down, ids, chunks, activation is swiglu)
+    layout = lay_out(counts.tolist(), CHUNK_BYTES.get(dtype, CACHE_BYTES) // row_bytes, dtype)
+    ids = layout.places(ids).view_as(routing.ids)
+    gated = activation is swiglu
+    y = InChunks.apply(x.to(dtype), routing.weights, first, down, ids, layout, gated)
     return y.to(x.dtype)
+
+
+def lay_out(counts: list[int], most: int, dtype: torch.dtype) -> Layout:
+    """In bf16, where products have a price each, sorted by load if that makes fewer chunks."""
+    chunks = plan(counts, most, dtype)
+    if dtype != torch.bfloat16:
+        return Layout(chunks, None)
+    by_load = sorted(range(len(counts)), key=counts.__getitem__)
+    of_sorted = plan([counts[expert] for expert in by_load], most, dtype)
+    if len(of_sorted) < len(chunks):
+        return Layout(of_sorted, torch.tensor(by_load))
+    return Layout(chunks, None)
 
 
 def plan(counts: list[int], most: int, dtype: torch.dtype) -> list[Chunk]:
@@ -111,10 +128,12 @@ class InChunks(torch.autograd.Function):
         first: Tensor,
         down: Tensor,
         ids: Tensor,
-        chunks: list[Chunk],
+        layout: Layout,
         gated: bool,
     ) -> Tensor:
-        dest, token, weight = _lay_out(ids, weights, chunks, len(first))
+        chunks, dtypes = layout.chunks, (first.dtype, down.dtype)
+        first, down = (_placed(weight, layout.order, x.dtype) for weight in (first, down))
+        dest, token, weight = _place(ids, weights, chunks, len(first))
         kept = x.new_empty(len(token) - 1, first.shape[1])  # (M, 2F or F)
         rows = x.new_empty(len(token), x.shape[1])  # (M + 1, D)
         rows[-1] = 0  # where dropped assignments point
@@ -125,7 +144,7 @@ class InChunks(torch.autograd.Function):
             hidden = _activate(kept[own], weight[own], gated)
             torch.bmm(chunk.split(hidden), down[experts].mT, out=chunk.split(rows[own]))
         ctx.save_for_backward(x, first, down, dest, token, weight, kept)
-        ctx.chunks, ctx.gated = chunks, gated
+        ctx.layout, ctx.gated, ctx.dtypes = layout, gated, dtypes
         return F.embedding_bag(dest, rows, mode="sum")
 
     @staticmethod
@@ -133,10 +152,12 @@ class InChunks(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, first, down, dest, token, weight, kept = ctx.saved_tensors
         dy = gradients[0].contiguous()
+        chunks: list[Chunk] = ctx.layout.chunks
+        order: Tensor | None = ctx.layout.order
         dweight, drows = torch.zeros_like(weight), x.new_empty(len(token), x.shape[1])
         drows[-1] = 0
-        dfirst, ddown = _for_experts(ctx.chunks, first), _for_experts(ctx.chunks, down)
-        for chunk in ctx.chunks:
+        dfirst, ddown = (_for_experts(chunks, weights) for weights in (first, down))
+        for chunk in chunks:
             own, experts = chunk.all_rows, slice(chunk.first, chunk.last)
             given = chunk.split(dy.index_select(0, token[own]))
             dhidden = torch.bmm(given, down[experts]).flatten(0, 1)  # of the weighted output
@@ -148,10 +169,13 @@ class InChunks(torch.autograd.Function):
             torch.bmm(dproduct, first[experts], out=chunk.split(drows[own]))
         dx = F.embedding_bag(dest, drows, mode="sum")
         dweights = dweight.index_select(0, dest.flatten()).view_as(dest)
+        back = None if order is None else order.argsort()
+        dfirst = _placed(dfirst, back, ctx.dtypes[0])
+        ddown = _placed(ddown, back, ctx.dtypes[1])
         return dx, dweights, dfirst, ddown, None, None, None
 
 
-def _lay_out(
+def _place(
     ids: Tensor, weights: Tensor, chunks: list[Chunk], n_experts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row of each assignment (N, K); of each row its token and weight (M + 1,)."""
@@ -166,10 +190,25 @@ def _lay_out(
     return dest, token, weight
 
 
+def _placed(weights: Tensor, order: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(E, m, n) in `dtype`, in the order given."""
+    if order is None:
+        return weights.to(dtype)
+    if not kernels.usable(weights):
+        return weights.index_select(0, order).to(dtype)
+    placed = torch.empty_like(weights, dtype=dtype)
+    kernels.launch(kernels.take, weights, order, placed)
+    return placed
+
+
 def _for_experts(chunks: list[Chunk], weights: Tensor) -> Tensor:
     """Room for a gradient, zero for experts without rows."""
-    whole = len(chunks) == 1 and chunks[0].last - chunks[0].first == len(weights)
-    return torch.empty_like(weights) if whole else torch.zeros_like(weights)
+    room, end = torch.empty_like(weights), 0
+    for chunk in chunks:
+        room[end : chunk.first] = 0
+        end = chunk.last
+    room[end:] = 0
+    return room
 
 
 def _activate(product: Tensor, weight: Tensor, gated: bool) -> Tensor:

@@ -223,6 +223,16 @@ def place(ids: Any, weights: Any, starts: Any, dest: Any, token: Any, weight: An
                 weight[row] = weights[n, k]
 
 
+@Kernel
+def take(x: Any, order: Any, y: Any) -> None:
+    """y[e] = x[order[e]], (E, m, n), from any dtype to any."""
+    rows = x.shape[1]
+    for r in prange(len(order) * rows):
+        row, out = x[order[r // rows], r % rows], y[r // rows, r % rows]
+        for j in range(len(row)):
+            write(out, j, read(row, j))
+
+
 @njit(forceinline=True, fastmath=_FAST | {"nnan"})
 def _largest(row: Any) -> Any:
     """Of a row without NaN; with one it is any of the others, and the sum of exponents is NaN."""

@@ -494,7 +494,7 @@ def test_the_layout_is_by_expert_and_in_order_of_tokens(
         ids[torch.rand(ids.shape) < 0.4] = n_experts
     counts = torch.bincount(ids.flatten(), minlength=n_experts + 1)[:-1].tolist()
     chunks, weights = fused.plan(counts, most, dtype), torch.rand(ids.shape)
-    dest, token, weight = fused._lay_out(ids, weights, chunks, n_experts)
+    dest, token, weight = fused._place(ids, weights, chunks, n_experts)
     end = chunks[-1].all_rows.stop if chunks else 0
     carried = ids < n_experts
     assert (dest[~carried] == end).all()
