@@ -224,6 +224,28 @@ def place(ids: Any, weights: Any, starts: Any, dest: Any, token: Any, weight: An
 
 
 @Kernel
+def top_k(scores: Any, ids: Any) -> None:
+    """Where the K largest of (N, E) are, largest first, of equals the first: ids (N, K)."""
+    for n in prange(len(scores)):
+        key = np.int64(2**63 - 1)
+        for k in range(ids.shape[1]):
+            key = _next_key(scores[n], key)
+            ids[n, k] = len(scores[n]) - 1 - (key & np.int64(2**32 - 1))
+
+
+@njit(**_INLINE)
+def _next_key(row: Any, last: Any) -> Any:
+    """The largest key below `last`. A key orders as its number does, NaN first, then by place."""
+    largest = np.int64(-(2**63))
+    for e in range(len(row)):
+        bits = _i32(_bits(row[e]))
+        ordered = np.int64(bits ^ ((bits >> _i32(31)) & _i32(2**31 - 1)))
+        key = (ordered << np.int64(32)) | np.int64(len(row) - 1 - e)
+        largest = max(largest, key if key < last else np.int64(-(2**63)))
+    return largest
+
+
+@Kernel
 def take(x: Any, order: Any, y: Any) -> None:
     """y[e] = x[order[e]], (E, m, n), from any dtype to any."""
     rows = x.shape[1]

@@ -13,6 +13,7 @@ from nano_moe.config import ModelConfig, MoEConfig
 from nano_moe.model.ops import at_least_float32
 from nano_moe.model.routing import (
     Routing,
+    best_experts,
     count_tokens,
     experts_choose,
     gate_weights,
@@ -101,7 +102,7 @@ class Router(Scaling):
             scores = limit_to_groups(
                 scores, self.moe.n_groups, self.moe.top_k_groups, self.moe.group_score
             )
-        return scores.topk(self.moe.top_k, dim=-1).indices
+        return best_experts(scores, self.moe.top_k)
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Routing:  # (B, T, D), (B, T)
         logits = self.logits(x)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nano_moe.model import kernels
+
 
 class Routing(NamedTuple):
     """What one sparse layer decided for N tokens; everything at least float32.
@@ -40,6 +42,15 @@ def probabilities_of(scores: Tensor, kind: str) -> Tensor:
     if kind == "softmax":
         return scores
     return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def best_experts(scores: Tensor, top_k: int) -> Tensor:
+    """The experts of the largest scores, best first: (N, E) -> (N, K) int64."""
+    if scores.dtype != torch.float32 or not kernels.usable(scores):
+        return scores.topk(top_k, dim=-1).indices
+    ids = torch.empty(len(scores), top_k, dtype=torch.int64)
+    kernels.launch(kernels.top_k, scores.contiguous(), ids)
+    return ids
 
 
 def gate_weights(chosen: Tensor, normalize: bool) -> Tensor:

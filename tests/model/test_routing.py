@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nano_moe.model.routing import (
     Routing,
+    best_experts,
     count_tokens,
     drop_overflow,
     dropped_share,
@@ -222,3 +223,29 @@ def test_layers_hash_independently():
         for other in tables[:i]:
             agree = (table == other).double().mean().item()
             assert agree == pytest.approx(1 / 8, abs=4.5 * (7 / 64 / 4096) ** 0.5)
+
+
+@given(
+    seed=st.integers(0, 2**16), n_tokens=st.integers(0, 9), n_experts=st.integers(1, 9),
+    levels=st.integers(1, 9),
+)  # fmt: skip
+def test_the_best_experts_are_the_largest_and_of_equals_the_first(
+    seed, n_tokens, n_experts, levels
+):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n_tokens, n_experts)
+    scores = torch.randint(levels, shape, generator=generator).float()
+    scores[torch.rand(shape, generator=generator) < 0.2] = -torch.inf
+    for top_k in range(1, n_experts + 1):
+        ids = best_experts(scores, top_k)
+        expected = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        assert torch.equal(ids, expected)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 5])
+def test_experts_are_distinct_where_scores_are_not_numbers(top_k):
+    scores = torch.full((4, 5), torch.nan)
+    scores[1, 2] = scores[2, 4] = 1
+    ids = best_experts(scores, top_k)
+    assert ((ids >= 0) & (ids < 5)).all()
+    assert all(len(set(row)) == top_k for row in ids.tolist())
