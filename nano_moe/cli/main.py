@@ -20,6 +20,7 @@ VERBS = {
     "eval": "score a run on the whole validation split",
     "sample": "continue a prompt with a trained run",
     "compare": "runs side by side at equal tokens, FLOPs and seconds",
+    "break-even": "the share of dense runs' tokens and time that sparse runs need",
     "count": "parameters, FLOPs and bytes of a recipe or a published model",
     "show": "the resolved recipe, after base and overrides",
     "prepare": "read, split and tokenize a recipe's text",
@@ -74,12 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: nano-moe VERB …   (each verb has --help)\n")
-        print("\n".join(f"  {verb:<9}{text}" for verb, text in VERBS.items()))
+        print("\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items()))
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         raise UserError(f"nano-moe {verb}: no such verb; there are {', '.join(VERBS)}")
-    module = importlib.import_module(f"nano_moe.cli.{verb}")
+    module = importlib.import_module(f"nano_moe.cli.{verb.replace('-', '_')}")
     parser = OneLineParser(prog=f"nano-moe {verb}", description=VERBS[verb])
     module.configure(parser)
     return module.run(parser.parse_intermixed_args(rest)) or 0
