@@ -18,6 +18,7 @@ from torch import Tensor
 import nano_moe
 from nano_moe import recipe_file
 from nano_moe.config import Recipe
+from nano_moe.text.store import Corpus, prepare
 
 FOLDER = Path(nano_moe.__file__).parent.parent / "recipes"
 QUICK = (  # a model of the same making that steps in milliseconds
@@ -42,6 +43,11 @@ def recipe(name: str, *overrides: str, quick: bool) -> Recipe:
     """One of DECODERS, shrunken when quick."""
     file, changes = DECODERS[name]
     return recipe_file.load(FOLDER / file, (*changes, *(QUICK if quick else ()), *overrides))
+
+
+def prepared(recipe: Recipe) -> Corpus:
+    """The recipe's text, tokenized without a progress bar."""
+    return prepare(recipe.data, recipe.model.vocab_size, recipe.model.context, progress=False)
 
 
 class RandomTokens:

@@ -13,11 +13,11 @@ from typing import Any
 import nano_moe
 from nano_moe import recipe_file, runs
 from nano_moe.bench.bare import BareStep
-from nano_moe.bench.recipes import recipe, text_folder
+from nano_moe.bench.recipes import prepared, recipe, text_folder
 from nano_moe.bench.report import Row
 from nano_moe.bench.timing import Budget, Spread, Timings, interleave
 from nano_moe.config import Recipe
-from nano_moe.text.store import Corpus, prepare
+from nano_moe.text.store import Corpus
 from nano_moe.training.data import Windows
 from nano_moe.training.fit import fit
 from nano_moe.training.module import Decoder
@@ -40,7 +40,7 @@ def overhead(quick: bool) -> Iterator[Row]:
     with text_folder(WORDS // 10 if quick else WORDS) as (folder, data):
         changes = (*data, *NEVER, f"trainer.steps={n_steps}", "optim.warmup_steps=0")
         chosen = recipe(MODEL, *changes, quick=quick)
-        corpus = _prepared(chosen)
+        corpus = prepared(chosen)
         bare = _bare(chosen, corpus)
         watch = Alternate(bare)
         run = runs.create(chosen, stem="overhead", root=folder / "checkpoints")
@@ -102,7 +102,7 @@ def start_up(quick: bool) -> Iterator[Row]:
     budget = Budget(0, min_rounds=1 if quick else 5, warm_up=0 if quick else 1)
     with text_folder(WORDS // 10 if quick else WORDS) as (folder, data):
         chosen = recipe(MODEL, *data, *NEVER, "trainer.log_every=1", quick=quick)
-        _prepared(chosen)
+        prepared(chosen)
         (folder / "anchor.yaml").write_text(recipe_file.dump(chosen), encoding="utf-8")
         timings = interleave({"train": lambda number: _first_step(folder)}, budget)
     spread: Spread = timings.spread("train")
@@ -141,7 +141,3 @@ def _first_step(folder: Path) -> float:
 def _has_row(new: set[Path]) -> bool:
     files = [path / "metrics.csv" for path in new]
     return any(file.exists() and file.read_bytes().count(b"\n") > 1 for file in files)
-
-
-def _prepared(chosen: Recipe) -> Corpus:
-    return prepare(chosen.data, chosen.model.vocab_size, chosen.model.context, progress=False)

@@ -19,7 +19,7 @@ from nano_moe.errors import UserError
 if TYPE_CHECKING:
     from nano_moe.bench.report import Report
 
-BENCHMARKS = ("layer", "step", "peers", "optimizer", "data")
+BENCHMARKS = ("layer", "step", "peers", "optimizer", "data", "char")
 FOLDER = runs.ROOT / "bench"
 MARK = "nano_moe_bench"  # a key of every file that this verb writes
 

@@ -8,6 +8,7 @@ Shapes: B batch, T time, D width, V vocabulary.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,10 @@ class Budget:
     warmup: int = 100
     lr: float = 1e-3
     min_lr: float = 1e-4
+
+    def windows(self, text: Tensor, generator: torch.Generator) -> Tensor:  # (n,) -> (B, T + 1)
+        starts = torch.randint(len(text) - self.block, (self.batch,), generator=generator)
+        return torch.stack([text[start : start + self.block + 1] for start in starts])
 
 
 class ReferenceBlock(nn.Module):
@@ -68,25 +73,38 @@ class ReferenceGPT(nn.Module):
         return F.linear(self.norm(x), self.tokens.weight)
 
 
+class ReferenceStep:
+    """A fresh reference decoder and its optimizer."""
+
+    def __init__(self, vocab: int, budget: Budget, seed: int):
+        torch.manual_seed(seed)
+        self.model, self.budget, self.taken = ReferenceGPT(vocab, budget), budget, 0
+        decayed = [p for p in self.model.parameters() if p.ndim == 2]
+        others = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=budget.lr, betas=(0.9, 0.99))
+
+    def run(self, windows: Tensor) -> float:  # (B, T + 1)
+        """Take a step; its seconds."""
+        start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = _rate(self.taken, self.budget)
+        logits = self.model(windows[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.taken += 1
+        return time.perf_counter() - start
+
+
 def train_reference(train: Tensor, vocab: int, budget: Budget, seed: int) -> ReferenceGPT:
     """Random windows of `train` (n,) for the whole budget; the trained model."""
-    torch.manual_seed(seed)
-    model = ReferenceGPT(vocab, budget)
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=budget.lr, betas=(0.9, 0.99))
-    for step in range(budget.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step, budget)
-        starts = torch.randint(len(train) - budget.block, (budget.batch,))
-        windows = torch.stack([train[s : s + budget.block + 1] for s in starts])
-        loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return model.eval()
+    one, generator = ReferenceStep(vocab, budget, seed), torch.Generator().manual_seed(seed)
+    for _ in range(budget.steps):
+        one.run(budget.windows(train, generator))
+    return one.model.eval()
 
 
 @torch.no_grad()
