@@ -93,14 +93,18 @@ def _print(report: Report) -> None:
 
 
 def cell(value: Any) -> str:
-    """A figure to four digits, a spread with its quartiles in brackets, nothing as nothing."""
+    """A figure to four digits, a spread to three with its quartiles in brackets."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple):
-        lower, median, upper = (f"{number:.4g}" for number in value)
+        lower, median, upper = map(_short, value)
         return f"{median} ({lower}–{upper})"
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else value
+
+
+def _short(number: float) -> str:
+    return f"{number:.3g}" if abs(number) < 1000 else f"{number:,.0f}"

@@ -104,4 +104,5 @@ def test_arguments_that_mean_nothing(fault):
 def test_cells():
     assert cell(None) == "" and cell(True) == "yes" and cell(12345) == "12,345"
     assert cell(1.03456) == "1.035" and cell("a") == "a"
-    assert cell((1.0, 1.5, 2.25)) == "1.5 (1–2.25)"
+    assert cell((1.0, 1.5044, 2.25)) == "1.5 (1–2.25)"
+    assert cell((999.4, 1234.5, 12345.0)) == "1,234 (999–12,345)"
