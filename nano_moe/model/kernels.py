@@ -33,6 +33,8 @@ _INLINE = {"forceinline": True, "fastmath": _FAST}
 _IN_ORDER = {"forceinline": True, "fastmath": {"contract", "nsz"}}
 DTYPES = (torch.float32, torch.bfloat16)
 _f32, _u32, _i32 = np.float32, np.uint32, np.int32
+_LEAST = np.int32(-(2**31))
+LANES = 32  # numbers that vector instructions take at a time, or a multiple of that
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -224,25 +226,40 @@ def place(ids: Any, weights: Any, starts: Any, dest: Any, token: Any, weight: An
 
 
 @Kernel
-def top_k(scores: Any, ids: Any) -> None:
-    """Where the K largest of (N, E) are, largest first, of equals the first: ids (N, K)."""
-    for n in prange(len(scores)):
-        key = np.int64(2**63 - 1)
-        for k in range(ids.shape[1]):
-            key = _next_key(scores[n], key)
-            ids[n, k] = len(scores[n]) - 1 - (key & np.int64(2**32 - 1))
+def top_k(scores: Any, places: Any, keys: Any, ids: Any) -> None:
+    """Where the K largest of (N, E) are, largest first, of equals the first: ids (N, K).
+
+    places 0, 1, …, keys (S, …) all _LEAST, to work in; both int32 and E long or longer: a multiple
+    of LANES, so that the search for a largest one is a few vector instructions.
+    """
+    parts = len(keys)
+    for part in prange(parts):
+        row = keys[part]
+        for n in range(part * len(scores) // parts, (part + 1) * len(scores) // parts):
+            for e in range(scores.shape[1]):
+                row[e] = _key(scores[n, e])
+            for k in range(ids.shape[1]):
+                at = _first_largest(row, places)
+                ids[n, k] = at
+                row[at] = _LEAST
 
 
 @njit(**_INLINE)
-def _next_key(row: Any, last: Any) -> Any:
-    """The largest key below `last`. A key orders as its number does, NaN first, then by place."""
-    largest = np.int64(-(2**63))
+def _key(value: Any) -> Any:
+    """An int32 above _LEAST that orders as the float32 does, NaN outside of all others."""
+    bits = _i32(_bits(value))
+    return max(_i32(bits ^ ((bits >> _i32(31)) & _i32(2**31 - 1))), _i32(_LEAST + 1))
+
+
+@njit(**_INLINE)
+def _first_largest(row: Any, places: Any) -> Any:
+    largest, first = _LEAST, _i32(len(row))
     for e in range(len(row)):
-        bits = _i32(_bits(row[e]))
-        ordered = np.int64(bits ^ ((bits >> _i32(31)) & _i32(2**31 - 1)))
-        key = (ordered << np.int64(32)) | np.int64(len(row) - 1 - e)
-        largest = max(largest, key if key < last else np.int64(-(2**63)))
-    return largest
+        largest = row[e] if row[e] > largest else largest
+    for e in range(len(row)):
+        place = places[e] if row[e] == largest else _i32(len(row))
+        first = place if place < first else first
+    return first
 
 
 @Kernel

@@ -49,7 +49,10 @@ def best_experts(scores: Tensor, top_k: int) -> Tensor:
     if scores.dtype != torch.float32 or not kernels.usable(scores):
         return scores.topk(top_k, dim=-1).indices
     ids = torch.empty(len(scores), top_k, dtype=torch.int64)
-    kernels.launch(kernels.top_k, scores.contiguous(), ids)
+    width = -(-scores.shape[1] // kernels.LANES) * kernels.LANES
+    places = torch.arange(width, dtype=torch.int32)
+    keys = torch.full((kernels.PARTS, width), torch.iinfo(torch.int32).min, dtype=torch.int32)
+    kernels.launch(kernels.top_k, scores.contiguous(), places, keys, ids)
     return ids
 
 
