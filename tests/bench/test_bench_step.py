@@ -6,7 +6,14 @@ import torch
 from nano_moe import runs
 from nano_moe.bench import optimizer, startup, step
 from nano_moe.bench.bare import PARTS, BareStep
-from nano_moe.bench.recipes import DECODERS, RandomTokens, random_text, recipe, text_folder
+from nano_moe.bench.recipes import (
+    DECODERS,
+    RandomTokens,
+    prepared,
+    random_text,
+    recipe,
+    text_folder,
+)
 from nano_moe.bench.timing import Timings
 from nano_moe.training.fit import fit
 from nano_moe.training.module import Decoder
@@ -18,7 +25,7 @@ def test_the_bare_loop_trains_as_the_trainer_does():
     with text_folder(20_000) as (folder, data):
         changes = (*data, *startup.NEVER, f"trainer.steps={n_steps}", "optim.warmup_steps=0")
         chosen = recipe(startup.MODEL, *changes, quick=True)
-        corpus = startup._prepared(chosen)
+        corpus = prepared(chosen)
         watch = startup.Alternate(startup._bare(chosen, corpus))
         run = runs.create(chosen, stem="x", root=folder / "checkpoints")
         fit(run, chosen, corpus, progress=False, watchers=[watch])
