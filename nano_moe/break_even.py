@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from nano_moe.comparison import read_curve
 from nano_moe.errors import UserError
-from nano_moe.runs import Run
+from nano_moe.runs import Run, first_difference
 
 SHORTEST = 0.5  # of the dense budget; shorter sparse runs belong to a smaller one
 
@@ -24,6 +24,7 @@ class Point(NamedTuple):
     name: str
     seed: int
     corpus: str
+    precision: str
     tokens: int
     ce: float
 
@@ -32,11 +33,34 @@ def break_even(dense: list[Run], sparse: list[Run]) -> list[dict[str, Any]]:
     """One row per dense run: the share of its tokens at which sparse runs of its seed end as low.
 
     `share` is None where no two sparse runs lie on either side; `below` and `above` are then the
-    bounds that are known. Raises UserError for a run that has not ended, or other text.
+    bounds that are known. Raises UserError for a run that has not ended, and for runs that differ
+    in more than seed, steps and, between the sides, model and rates.
     """
+    for runs in (dense, sparse):
+        _check_alike(runs)
     ends = [end_of(run) for run in sparse]
     rows = [_row(one, ends) for one in map(end_of, dense)]
     return sorted(rows, key=lambda row: (row["tokens"], row["seed"]))
+
+
+def _check_alike(side: list[Run]) -> None:
+    """Raises UserError where the runs of one side are of different recipes."""
+    first, *others = [(run, _what_counts(run)) for run in side]
+    for run, fields in others:
+        field = first_difference(first[1], fields)
+        if field is not None:
+            raise UserError(
+                f"{first[0].name} and {run.name} differ in {field}: one curve is of one recipe; "
+                "compare them apart"
+            )
+
+
+def _what_counts(run: Run) -> dict[str, Any]:
+    """A recipe's fields but for seed, budget, text (the corpus is compared) and housekeeping."""
+    fields = run.recipe().model_dump(mode="json", exclude={"seed", "data"})
+    for name in ("steps", "val_every", "save_every", "log_every", "sample_prompt"):
+        del fields["trainer"][name]
+    return fields
 
 
 def end_of(run: Run) -> Point:
@@ -47,8 +71,11 @@ def end_of(run: Run) -> Point:
         raise UserError(
             f"{run.path}: its schedule has not ended; finish it with `make resume RUN={run.name}`"
         )
+    if not math.isfinite(curve.ce[-1]):
+        raise UserError(f"{run.path}: its loss is {curve.ce[-1]}; leave it out")
     corpus = str(manifest.get("corpus", {}).get("sha256", ""))
-    return Point(run.name, recipe.seed, corpus, tokens, curve.ce[-1])
+    precision = recipe.trainer.precision
+    return Point(run.name, recipe.seed, corpus, precision, tokens, curve.ce[-1])
 
 
 def _row(dense: Point, ends: Iterable[Point]) -> dict[str, Any]:
@@ -62,6 +89,14 @@ def _row(dense: Point, ends: Iterable[Point]) -> dict[str, Any]:
     for point in points:
         if point.corpus != dense.corpus:
             raise UserError(f"{point.name} and {dense.name} were trained on different text")
+        if point.precision != dense.precision:
+            raise UserError(
+                f"{point.name} was trained in {point.precision} and {dense.name} in "
+                f"{dense.precision}; train both in one precision"
+            )
+    for one, other in zip(points, points[1:], strict=False):
+        if one.tokens == other.tokens:
+            raise UserError(f"{one.name} and {other.name} have the same seed and budget; drop one")
     shares = [(point.tokens / dense.tokens, point.ce) for point in points]
     return {
         "tokens": dense.tokens,
@@ -80,10 +115,12 @@ def _tokens(point: Point) -> int:
 
 
 def share_at(ce: float, shares: list[tuple[float, float]]) -> float | None:
-    """Where the loss crosses `ce`, linear in the logarithm of the budget; None outside the points.
+    """Where the loss first crosses `ce`, linear in the logarithm of the budget; None outside.
 
-    (share, loss) in order of shares.
+    (share, loss) in order of shares. A first point that is as low already is no crossing.
     """
+    if shares[0][1] <= ce:
+        return None
     for (x0, y0), (x1, y1) in zip(shares, shares[1:], strict=False):
         if y0 > ce >= y1:
             return math.exp(math.log(x0) + (math.log(x1) - math.log(x0)) * (y0 - ce) / (y0 - y1))

@@ -387,18 +387,12 @@ class ModelConfig(Section):
             )
 
     def _check_expert_width(self, moe: MoEConfig) -> None:
-        if moe.d_expert is not None:
-            if moe.d_expert % 8:
-                raise FieldFault(
-                    "moe.d_expert",
-                    f"{moe.d_expert} is not a multiple of 8; nearest: {_nearest(moe.d_expert, 8)}",
-                )
-        elif self.d_ff % (8 * moe.n_active):
+        if moe.d_expert is None and self.d_ff % moe.n_active:
             raise FieldFault(
                 "moe.d_expert",
                 f"omitted, and d_ff={self.d_ff} does not split into top_k + n_shared_experts="
-                f"{moe.n_active} experts of a width divisible by 8; nearest d_ff: "
-                f"{_nearest(self.d_ff, 8 * moe.n_active)}",
+                f"{moe.n_active} experts of one width; nearest d_ff: "
+                f"{_nearest(self.d_ff, moe.n_active)}",
             )
         if moe.init_from is not None and self.expert_width != self.d_ff:
             raise FieldFault(

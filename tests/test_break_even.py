@@ -26,8 +26,9 @@ def finished(recipe_of, dense_config, tmp_path):
     """Writes a run that ended at `ce` after `steps`, of which `done` were taken."""
 
     def make(name: str, steps: int, ce: float, *, seed: int = 7, done: int | None = None, **more):
-        trainer = {"steps": steps, "batch_size": 16}
-        recipe = recipe_of(dense_config(context=64), trainer=trainer)
+        trainer = {"steps": steps, "batch_size": 16, "precision": more.get("precision", "fp32")}
+        model = dense_config(context=64, d_ff=more.get("d_ff", 64))
+        recipe = recipe_of(model, trainer=trainer)
         recipe = recipe.model_copy(update={"seed": seed})
         run = runs.create(recipe, stem="x", name=name, root=tmp_path)
         tokens = STEP * (steps if done is None else done)
@@ -107,6 +108,30 @@ def test_other_text_and_missing_budgets_are_one_line(finished):
         break_even([dense], [*sparse, foreign])
     with pytest.raises(UserError, match="no sparse run of seed 7 has between 0.5 and all"):
         break_even([dense], [finished("short", 100, 4.0)])
+
+
+def test_points_that_do_not_compare_are_one_line(finished):
+    dense, sparse = family(finished, 0.7)
+    with pytest.raises(UserError, match="s60-1000-7 and other differ in model.d_ff"):
+        break_even([dense], [*sparse, finished("other", 800, 3.0, d_ff=72)])
+    with pytest.raises(UserError, match="same seed and budget; drop one"):
+        break_even([dense], [*sparse, finished("again", 750, 3.0)])
+    with pytest.raises(UserError, match="narrow was trained in bf16 and dense-1000-7 in fp32"):
+        break_even([dense], [finished("narrow", 750, 3.0, precision="bf16")])
+    with pytest.raises(UserError, match="its loss is nan; leave it out"):
+        break_even([dense], [finished("broken", 800, math.nan)])
+
+
+def test_a_shorter_run_that_is_lower_already_leaves_a_bound():
+    assert share_at(3.66, [(0.6, 3.60), (0.75, 3.70), (0.9, 3.65)]) is None
+
+
+@pytest.mark.parametrize("ratio", ["0", "-1", "nan", "inf"])
+def test_a_step_ratio_is_a_positive_number(finished, ratio, capsys):
+    dense, sparse = family(finished, 0.7)
+    sides = ["--dense", str(dense.path), "--sparse", *(str(run.path) for run in sparse)]
+    assert main(["break-even", *sides, f"--step-ratio={ratio}"]) == 2
+    assert "--step-ratio" in capsys.readouterr().err
 
 
 def test_the_verb_prints_shares_their_mean_and_times(finished, capsys):

@@ -217,7 +217,7 @@ def test_every_recipe_survives_dump_and_load(lr, decay, prompt, files, seed):
         (11, ("top_k: 2", "top_k: 5"), ["model.moe.top_k: ", "5", "n_experts=4", "at most 4"]),
         (7, ("n_heads: 4", "n_heads: 5"), ["model.n_heads: ", "n_heads=5", "d_model=64"]),
         (3, ("vocab_size: 512", "vocab_size: 512\n  n_kv_heads: 3"), ["n_kv_heads=3", "n_heads=4"]),
-        (8, ("d_ff: 96", "d_ff: 100"), ["model.moe.d_expert", "d_ff=100", "96 or 112"]),
+        (8, ("d_ff: 96", "d_ff: 97"), ["model.moe.d_expert", "d_ff=97", "96 or 98"]),
         (14, ("steps: 20\n", ""), ["trainer.steps: missing"]),
     ],
 )
@@ -276,22 +276,14 @@ def test_a_malformed_override_is_quoted_back(override):
     assert override in fault(BASE, override)
 
 
-@pytest.mark.parametrize("width", [4, 12, 20, 100])
-def test_a_d_expert_off_the_grid_names_the_multiples_of_8_around_it(width):
-    message = fault(BASE, f"model.moe.d_expert={width}")
-    named = {int(n) for n in re.findall(r"\d+", message.split("nearest:")[1])}
-    around = {n for n in range(8, 200, 8) if abs(n - width) < 8}
-    assert named == around and f"{width} is not a multiple of 8" in message
-
-
-@pytest.mark.parametrize("d_ff", [8, 100, 250])
+@pytest.mark.parametrize("d_ff", [7, 101, 250])
 @pytest.mark.parametrize("shared", [0, 1])
 def test_the_widths_that_a_remainder_names_are_the_nearest_that_load(d_ff, shared):
     overrides = [f"model.moe.n_shared_experts={shared}", "model.moe.top_k=3"]
     message = fault(BASE, f"model.d_ff={d_ff}", *overrides)
     named = {int(n) for n in re.findall(r"\d+", message.split("nearest d_ff:")[1])}
     active = 3 + shared
-    fits = [n for n in range(8, 400) if n % active == 0 and n // active % 8 == 0]
+    fits = [n for n in range(1, 400) if n % active == 0]
     below, above = [n for n in fits if n < d_ff], [n for n in fits if n > d_ff]
     assert named == {*below[-1:], above[0]}
     for width in named:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nano_moe import recipe_file, runs
 from nano_moe.bench.bare import BareStep
-from nano_moe.bench.recipes import FOLDER, QUICK, prepared
+from nano_moe.bench.recipes import FOLDER, QUICK, prepared, text_of
 from nano_moe.bench.reference import Budget, ReferenceStep, score_reference, train_reference
 from nano_moe.bench.report import Report, Row
 from nano_moe.bench.timing import QUICK as QUICK_TIMING
@@ -135,11 +135,10 @@ def speeds(recipes: dict[str, Recipe], corpus: Corpus, budget: Budget, seconds: 
 
 def chosen(name: str, text: Path, budget: Budget, quick: bool) -> Recipe:
     """A recipe of ours on that text and budget."""
-    changes = (f"data.files={text}", f"data.cache={text.parent / 'data'}")
     steps = (f"trainer.steps={budget.steps}", f"optim.warmup_steps={5 if quick else 50}")
     small = [field for field in QUICK if not field.startswith(("model.vocab", "model.context"))]
     every = ("trainer.val_every=1000000", "trainer.save_every=1000000")
-    overrides = (*changes, *steps, *every, *(small if quick else ()))
+    overrides = (*text_of(text), *steps, *every, *(small if quick else ()))
     recipe = recipe_file.load(FOLDER / f"{name}.yaml", overrides)
     if not quick:
         assert recipe.tokens_per_step == budget.batch * budget.block

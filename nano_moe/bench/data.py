@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from nano_moe.bench.bare import BareStep
-from nano_moe.bench.recipes import RandomTokens, recipe, text_folder
+from nano_moe.bench.recipes import RandomTokens, prepared, recipe, text_folder
 from nano_moe.bench.report import Report, Row
 from nano_moe.bench.timing import QUICK, Budget, Case, interleave
-from nano_moe.text.store import prepare
 from nano_moe.training.data import TokenData
 from nano_moe.training.module import Decoder
 
@@ -23,8 +22,7 @@ def data(quick: bool) -> Report:
     budget = QUICK if quick else Budget(seconds=20, max_rounds=200)
     with text_folder(WORDS // 10 if quick else WORDS) as (_, overrides):
         chosen = recipe("dense", *overrides, quick=quick)
-        model = chosen.model
-        corpus = prepare(chosen.data, model.vocab_size, model.context, progress=False)
+        corpus = prepared(chosen)
         batches = iter(TokenData(corpus, chosen).train_dataloader())
 
         def read(number: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nano_moe.bench.dense import SeparateFFN
+from nano_moe.bench.profile import shares
 from nano_moe.bench.report import Report, Row
 from nano_moe.bench.timing import QUICK, Budget, Case, Timings, interleave
 from nano_moe.config import ModelConfig, MoEConfig
@@ -26,6 +27,7 @@ M = TypeVar("M", bound=nn.Module)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DENSE = ("dense, fused", "dense, separate")
 FLOORS = ("floor, loop", "floor, batched")
+PROFILED = 5  # rounds
 SKEW = 0.1  # of the tokens' common part: gives a max_vio of about 0.2 with 8 experts, 0.5 with 64
 
 NOTES = (
@@ -34,6 +36,8 @@ NOTES = (
     "the router, which only the sparse layers compute.",
     "floor: the six bare products of each expert, nothing else (the faster of a loop of mm over "
     "the round's own counts and one bmm over equal ones); of floor: its time over the case's.",
+    "the second table: shares of the time of auto by kind of operator; activation holds the walk "
+    "over the experts as well.",
     "bf16: float32 weights and tokens under CPU autocast, as in training.",
 )
 
@@ -84,13 +88,21 @@ TINY = (Shape(32, 16, 4, 2, 8, {"fp32": 1.0}),)
 def layer(quick: bool) -> Report:
     shapes, budget = (TINY, QUICK) if quick else (SHAPES, Budget(seconds=8, min_rounds=5))
     rows: list[Row] = []
+    profiles: list[Row] = []
     failed: list[str] = []
     for shape in shapes:
         for precision in DTYPES:
             trial = Trial(shape, precision)
             failed += trial.failed
             rows += table(trial, interleave(trial.cases, budget, before_round=trial.refresh))
-    return Report("One FFN, forward and backward", rows, (*NOTES, *failed))
+            profiles.append(where(trial))
+    return Report("One FFN, forward and backward", [*rows, *profiles], (*NOTES, *failed))
+
+
+def where(trial: Trial) -> Row:
+    """Where the time of `auto` goes."""
+    of_kinds = shares(trial.cases["auto"], PROFILED, first=0)
+    return {"shape": str(trial.shape), "precision": trial.precision, **of_kinds}
 
 
 def table(trial: Trial, timings: Timings) -> Iterator[Row]:

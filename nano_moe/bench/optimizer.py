@@ -5,8 +5,9 @@ Shapes: S matrices of one shape (m, n).
 
 from __future__ import annotations
 
-from collections import defaultdict
+import time
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,18 @@ from nano_moe.bench.recipes import DECODERS, recipe
 from nano_moe.bench.report import Report, Row
 from nano_moe.bench.timing import QUICK, Budget, Case, Timings, interleave
 from nano_moe.model.gpt import GPT, init_weights
-from nano_moe.training.optimizers import MuonAdamW, orthogonalize, parameter_groups
+from nano_moe.training import optimizers
+from nano_moe.training.optimizers import MuonAdamW, newton_schulz, parameter_groups
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STEP, BATCHED, SINGLE = "MuonAdamW step", "Newton-Schulz, batched", "Newton-Schulz, one by one"
+STEP, ITERATION = "MuonAdamW step", "of which Newton-Schulz"
+SINGLE = "Newton-Schulz, matrix by matrix"
 ADAMW = ("fused", "foreach")
 
 NOTES = (
-    "of step: time over that of a whole MuonAdamW step in the same precision (for the batched "
-    "iteration: its share of the step; AdamW works in fp32); all ratios within a round.",
+    "of step: time over that of a whole MuonAdamW step in the same precision (AdamW works in "
+    "fp32); all ratios within a round.",
+    "Newton-Schulz is the iteration inside of the step, in batches; matrix by matrix: the same "
+    "matrices one at a time.",
     "bf16: Muon's iteration alone (optim.newton_schulz); weights, gradients and state are fp32.",
 )
 
@@ -42,31 +46,62 @@ def table(decoder: str, timings: Timings) -> Iterator[Row]:
     """A row per case and precision; each ratio is there where it means something."""
     for key in timings.seconds:
         case, precision = key.rsplit(", ", 1)
-        in_fp32, batched = f"{case}, fp32", f"{BATCHED}, {precision}"
         yield {
             "decoder": decoder,
             "case": case,
             "precision": precision,
             "ms": timings.spread(key).scaled(1e3),
             "of step": timings.ratio(key, f"{STEP}, {precision}"),
-            "over batched": timings.ratio(key, batched) if case == SINGLE else None,
-            "over fp32": timings.ratio(key, in_fp32) if precision == "bf16" else None,
+            "over fp32": timings.ratio(key, f"{case}, fp32") if precision == "bf16" else None,
             "rounds": timings.rounds,
         }
 
 
 def _muon(name: str, quick: bool) -> dict[tuple[str, str], Case]:
-    """The step and the iteration of its matrices, by (case, precision)."""
+    """The step, the iteration within a step, and its matrices one by one, by (case, precision)."""
     cases: dict[tuple[str, str], Case] = {}
-    for precision, dtype in DTYPES.items():
+    for precision in ("fp32", "bf16"):
         config = recipe(name, f"optim.newton_schulz={precision}", quick=quick).optim
         model = _model_with_gradients(name, quick)
-        matrices = stacks(model)
-        one_by_one = [matrix for stack in matrices for matrix in stack.split(1)]
-        cases[STEP, precision] = _stepping(MuonAdamW(parameter_groups(model, config), config))
-        cases[BATCHED, precision] = _orthogonalizing(matrices, dtype)
-        cases[SINGLE, precision] = _orthogonalizing(one_by_one, dtype)
+        muon = MuonAdamW(parameter_groups(model, config), config)
+        cases[STEP, precision] = _stepping(muon)
+        cases[ITERATION, precision] = _iterations(muon)
+        cases[SINGLE, precision] = _one_by_one(iterating(muon)[1])
     return cases
+
+
+def iterating(muon: MuonAdamW) -> tuple[float, list[Tensor]]:
+    """Take a step: the seconds of its iterations, and the stacks (S, m, n) that they began with."""
+    seconds, stacks = 0.0, []
+
+    def timed(x: Tensor) -> Tensor:
+        nonlocal seconds
+        start = time.perf_counter()
+        y = newton_schulz(x)
+        seconds += time.perf_counter() - start
+        stacks.append(x)
+        return y
+
+    with mock.patch.object(optimizers, "newton_schulz", timed):
+        muon.step()
+    return seconds, stacks
+
+
+def _iterations(muon: MuonAdamW) -> Case:
+    def run(number: int) -> float:
+        return iterating(muon)[0]
+
+    return run
+
+
+def _one_by_one(stacks: list[Tensor]) -> Case:
+    matrices = [matrix.clone() for stack in stacks for matrix in stack.split(1)]
+
+    def run(number: int) -> None:
+        for matrix in matrices:
+            newton_schulz(matrix)
+
+    return run
 
 
 def _adamw(name: str, quick: bool) -> dict[tuple[str, str], Case]:
@@ -80,30 +115,9 @@ def _adamw(name: str, quick: bool) -> dict[tuple[str, str], Case]:
     return cases
 
 
-def stacks(model: nn.Module) -> list[Tensor]:
-    """The gradients of all hidden matrices as Muon iterates them: (S, m, n), m <= n, by shape."""
-    config = recipe("dense", quick=False).optim
-    (hidden,) = (g for g in parameter_groups(model, config) if g["name"] == "hidden")
-    by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-    for parameter, fused in zip(hidden["params"], hidden["fused"], strict=True):
-        for piece in parameter.grad.chunk(2 if fused else 1, dim=-2):
-            wide = piece if piece.shape[-2] <= piece.shape[-1] else piece.mT
-            rows, columns = wide.shape[-2:]
-            by_shape[rows, columns].append(wide.reshape(-1, rows, columns))
-    return [torch.cat(pieces) for pieces in by_shape.values()]
-
-
 def _stepping(optimizer: torch.optim.Optimizer) -> Case:
     def run(number: int) -> None:
         optimizer.step()
-
-    return run
-
-
-def _orthogonalizing(matrices: list[Tensor], dtype: torch.dtype) -> Case:
-    def run(number: int) -> None:
-        for stack in matrices:
-            orthogonalize(stack, dtype)
 
     return run
 

@@ -48,9 +48,14 @@ class Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self.errors.close()
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the process; a second time it does nothing."""
+        if not self.errors.closed:
+            self.process.kill()
+            self.process.communicate()
+            self.errors.close()
 
     def wait(self) -> dict[str, Any]:
         """What the side says of itself once it is built; raises PeerFault."""

@@ -88,7 +88,7 @@ class Contest:
         if fault.side == "ours":
             raise UserError(f"{self.shape.name}: our own side failed: {fault}")
         self.out[fault.side] = str(fault)
-        del self.sides[fault.side]
+        self.sides.pop(fault.side).stop()  # it might still be computing
 
     def each(self, ask: Callable[[str, Peer], None]) -> None:
         """Asks the sides one after the other, and drops those that have a fault."""
@@ -196,7 +196,7 @@ def try_choices(peer: Peer, about: dict[str, Any], precision: str, quick: bool) 
     with contextlib.suppress(PeerFault):  # which shows again below
         step_with(peer, precision, taken)(0)  # the first in a precision is slow
     for choice, values in about["choices"].items():
-        refused = about["refused"].setdefault(choice, {})  # value -> why, for all precisions
+        refused = about["refused"].get(choice, {}).copy()  # value -> why
         cases = {v: step_with(peer, precision, taken | {choice: v}) for v in values}
         once = weed_out(peer, cases, refused, precision)
         timings = Timings({value: [seconds] for value, seconds in once.items()})

@@ -71,13 +71,13 @@ def text_folder(n_words: int) -> Iterator[tuple[Path, Sequence[str]]]:
         folder = Path(name)
         file = folder / "words.txt"
         file.write_text(random_text(n_words), encoding="utf-8")
-        yield (
-            folder,
-            (
-                f"data.files={json.dumps(str(file))}",
-                f"data.cache={json.dumps(str(folder / 'data'))}",
-            ),
-        )
+        yield folder, text_of(file)
+
+
+def text_of(file: Path) -> tuple[str, ...]:
+    """The overrides that train on a file, its tokens beside it."""
+    paths = {"files": file, "cache": file.parent / "data"}
+    return tuple(f"data.{field}={json.dumps(str(path))}" for field, path in paths.items())
 
 
 def random_text(n_words: int) -> str:

@@ -82,7 +82,7 @@ class ReferenceStep:
         decayed = [p for p in self.model.parameters() if p.ndim == 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=budget.lr, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(groups, lr=budget.lr, betas=(0.9, 0.99), fused=True)
 
     def run(self, windows: Tensor) -> float:  # (B, T + 1)
         """Take a step; its seconds."""

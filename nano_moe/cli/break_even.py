@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from typing import Any
 
@@ -10,6 +11,7 @@ from nano_moe import runs
 from nano_moe.break_even import break_even, by_budget
 from nano_moe.cli.arguments import add_json
 from nano_moe.cli.output import figure, print_json, print_table, si
+from nano_moe.errors import UserError
 
 Row = dict[str, Any]
 
@@ -33,9 +35,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.step_ratio is not None and not 0 < args.step_ratio < math.inf:
+        raise UserError(
+            f"--step-ratio {args.step_ratio:g}: a sparse step's time over a dense one's"
+        )
     dense, sparse = ([runs.find(name) for name in names] for names in (args.dense, args.sparse))
     rows = break_even(dense, sparse)
     if args.json:
+        for row in rows:
+            known = row["share"] is not None and args.step_ratio is not None
+            row["time_share"] = row["share"] * args.step_ratio if known else None
         print_json({"step_ratio": args.step_ratio, "rows": rows})
     else:
         _print(rows, args.step_ratio)

@@ -41,9 +41,8 @@ class Experts(nn.Module):
         dtype, compiling = compute_dtype(x), torch.compiler.is_compiling()
         if x.device.type == "cpu" and not compiling and type(x) is Tensor:
             return "fused"
-        aligned = self.down.shape[-1] % ALIGNMENT == 0
         exists = dtype != torch.float64 and not (compiling and dtype == torch.float32)
-        return "grouped" if aligned and exists else "loop"
+        return "grouped" if exists else "loop"
 
 
 def loop(
@@ -75,9 +74,8 @@ def grouped(
     """
     n_tokens, top_k = routing.ids.shape
     width, dtype = x.shape[-1], compute_dtype(x)
-    if width % ALIGNMENT:
-        added = (0, -width % ALIGNMENT)
-        x, first, down = F.pad(x, added), F.pad(first, added), F.pad(down, (0, 0, *added))
+    x = F.pad(x, (0, -width % ALIGNMENT))
+    first, down = _aligned(first, down)
     ids, counts = carried_out(routing)
     order = ids.argsort(stable=True)  # (N*K,)
     ends = counts.cumsum(0).to(torch.int32)  # (E,)
@@ -91,6 +89,15 @@ def grouped(
     back = torch.empty_like(order).scatter_(0, order, places)
     per_token = out.index_select(0, back).view(n_tokens, top_k, x.shape[-1])  # (N, K, D)
     return (per_token * routing.weights.unsqueeze(-1)).sum(1)[:, :width].to(x.dtype)
+
+
+def _aligned(first: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights with zeros up to whole multiples of ALIGNMENT: (E, 2F or F, D), (E, D, F)."""
+    width, hidden = (-size % ALIGNMENT for size in down.shape[1:])
+    if not width and not hidden:
+        return first, down
+    halves = first.unflatten(1, (-1, down.shape[2]))  # (E, 2 or 1, F, D)
+    return F.pad(halves, (0, width, 0, hidden)).flatten(1, 2), F.pad(down, (0, hidden, 0, width))
 
 
 DISPATCH = {"loop": loop, "grouped": grouped, "fused": fused}

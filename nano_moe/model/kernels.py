@@ -1,5 +1,7 @@
 """CPU kernels: one pass over memory where PyTorch's operators would take five.
 
+All are in this file, with what they inline: a kernel on disk is dated by its own file alone.
+
 Compiled by numba at first use and cached on disk. Arrays are float32, or bfloat16 as the uint16 of
 its bits; arithmetic is float32. Rows are shared out over the threads and summed in a fixed order:
 the same number of threads gives the same bits.
@@ -398,3 +400,80 @@ def _norm_back(row: Any, weight: Any, eps: Any, out: Any, dweight: Any) -> None:
     for j in range(len(row)):
         normed, given = read(row, j) * scale, read(out, j)
         write(out, j, scale * (given * read(weight, j) - normed * along))
+
+
+# --- the optimizer: S matrices (m, n) of float32, live (S,) --------------------------------------
+
+
+@Kernel
+def nonzero(values: Any, found: Any) -> None:
+    for s in prange(len(values)):
+        for j in range(values.shape[1]):
+            if values[s, j] != 0:
+                found[s] = 1
+                break
+
+
+@Kernel
+def muon_average(grad: Any, momentum: Any, live: Any, beta: Any, squares: Any) -> None:
+    """Of live matrices, momentum; of all, each row's sum of squares of the direction."""
+    rows = grad.shape[1]
+    for r in prange(len(grad) * rows):
+        s, i = r // rows, r % rows
+        given, average, total = grad[s, i], momentum[s, i], _f32(0)
+        weight = (_f32(1) - beta) * live[s]
+        for j in range(len(given)):
+            value = average[j] + weight * (given[j] - average[j])
+            average[j] = value
+            ahead = given[j] + beta * (value - given[j])
+            total += ahead * ahead
+        squares[s, i] = total
+
+
+@Kernel
+def muon_ahead(grad: Any, momentum: Any, scale: Any, beta: Any, ahead: Any) -> None:
+    rows = grad.shape[1]
+    for r in prange(len(grad) * rows):
+        s, i = r // rows, r % rows
+        given, average, out = grad[s, i], momentum[s, i], ahead[s, i]
+        for j in range(len(given)):
+            write(out, j, (given[j] + beta * (average[j] - given[j])) * scale[s])
+
+
+@Kernel
+def muon_move(weight: Any, step: Any, live: Any, rate: Any, decay: Any) -> None:
+    rows = weight.shape[1]
+    for r in prange(len(weight) * rows):
+        s, i = r // rows, r % rows
+        if live[s] != 0:
+            row, by = weight[s, i], step[s, i]
+            for j in range(len(row)):
+                row[j] -= decay * row[j] + rate * read(by, j)
+
+
+@Kernel
+def adamw(
+    weight: Any,
+    grad: Any,
+    average: Any,
+    square: Any,
+    live: Any,
+    average_bias: Any,
+    square_bias: Any,
+    beta1: Any,
+    beta2: Any,
+    eps: Any,
+    rate: Any,
+    decay: Any,
+) -> None:
+    rows = weight.shape[1]
+    for r in prange(len(weight) * rows):
+        s, i = r // rows, r % rows
+        if live[s] != 0:
+            row, given, first, second = weight[s, i], grad[s, i], average[s, i], square[s, i]
+            for j in range(len(row)):
+                one = first[j] + (_f32(1) - beta1) * (given[j] - first[j])
+                two = second[j] + (_f32(1) - beta2) * (given[j] * given[j] - second[j])
+                first[j], second[j] = one, two
+                step = one / average_bias[s] / (np.sqrt(two / square_bias[s]) + eps)
+                row[j] -= rate * (step + decay * row[j])

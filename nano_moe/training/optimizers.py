@@ -148,19 +148,12 @@ class MuonAdamW(torch.optim.Optimizer):
         return torch.bfloat16 if bf16 else torch.float32
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+def newton_schulz(x: Tensor) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly: singular values land in about [0.7, 1.2].
 
-    (S, m, n) to (S, m, n) in `dtype`. Newton-Schulz, Jordan et al. 2024 (Muon).
-    """
-    return newton_schulz((matrices / elementwise.norms(matrices)).to(dtype))
-
-
-def newton_schulz(x: Tensor) -> Tensor:
-    """The iteration, from matrices (S, m, n) of norm 1.
-
-    x goes to (a + b A + c A^2) x, A = x x^T; the polynomial is one matrix, so that x is only
-    multiplied, never copied. Tall matrices are multiplied from the right, by polynomials in x^T x.
+    From matrices (S, m, n) of Frobenius norm 1, in their dtype. Jordan et al. 2024 (Muon): x goes
+    to (a + b A + c A^2) x, A = x x^T; the polynomial is one matrix, so that x is only multiplied,
+    never copied. Tall matrices are multiplied from the right, by polynomials in x^T x.
     """
     a, b, c = NEWTON_SCHULZ
     tall = x.shape[1] > x.shape[2]

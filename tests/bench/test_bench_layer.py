@@ -6,7 +6,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nano_moe import accounting
 from nano_moe.bench.dense import SeparateFFN
-from nano_moe.bench.layer import DENSE, FLOORS, SHAPES, TINY, Floor, Shape, Trial, layer, table
+from nano_moe.bench.layer import (
+    DENSE,
+    FLOORS,
+    SHAPES,
+    TINY,
+    Floor,
+    Shape,
+    Trial,
+    layer,
+    table,
+    where,
+)
+from nano_moe.bench.profile import KINDS, shares
 from nano_moe.bench.timing import Timings
 from nano_moe.model.experts import DISPATCH
 from nano_moe.model.ffn import FFN
@@ -108,5 +120,18 @@ def test_a_backend_that_cannot_run_is_named_and_left_out(monkeypatch):
 
     monkeypatch.setitem(DISPATCH, "loop", refuse)
     report = layer(quick=True)
-    assert "loop" not in {row["case"] for row in report.rows}
+    assert "loop" not in {row.get("case") for row in report.rows}
     assert any("loop cannot run (no kernel)" in note for note in report.notes)
+
+
+def test_a_profile_adds_up_and_sees_what_a_layer_does():
+    row = where(Trial(UNEVEN, "fp32"))
+    shares = {kind: row[kind] for kind in KINDS}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(0 < share < 1 for share in shares.values())
+
+
+def test_a_profile_is_of_what_runs():
+    square = torch.randn(200, 200)
+    found = shares(lambda number: square @ square, 3, first=0)
+    assert found["router product"] > 0.5 > found["expert products"]

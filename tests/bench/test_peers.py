@@ -107,7 +107,7 @@ def test_leaving_ends_the_process(start):
     with start("ours") as peer:
         peer.wait()
     assert peer.process.returncode is not None
-    peer.errors = open(os.devnull, "rb")  # the fixture leaves it a second time
+    assert peer.errors.closed  # and leaving a second time, as the fixture does, is nothing
 
 
 def test_a_peer_is_left_at_the_fastest_of_its_choices(start):
@@ -123,8 +123,7 @@ def test_a_peer_is_left_at_the_fastest_of_its_choices(start):
     assert rows["experts=faulty"]["because"] == "RuntimeError: not here"
     assert rows["experts=slow"]["because"] == "61 times slower in fp32"
     again = {row["choice"]: row for row in peers.try_choices(peer, about, "bf16", quick=False)}
-    assert again["experts=slow"]["ms"] is None  # not tried a second time
-    assert again["experts=slow"]["because"] == rows["experts=slow"]["because"]
+    assert again["experts=slow"]["because"] == "61 times slower in bf16"  # it was tried again
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch import Tensor
 from nano_moe.model.experts import DISPATCH, Experts, grouped, loop
 from nano_moe.model.fused import fused, plan
 from nano_moe.model.ops import ACTIVATIONS
-from nano_moe.model.routing import Routing
+from nano_moe.model.routing import Routing, best_experts
 
 
 class Problem(NamedTuple):
@@ -66,7 +66,7 @@ def keep(share: str, like: Tensor) -> Tensor | None:
 def problems(draw) -> Problem:
     """Any sizes, crowding, drops and activation; also the layout in which experts choose."""
     n_experts, n_tokens = draw(st.integers(1, 6)), draw(st.integers(1, 20))
-    width, hidden = draw(st.sampled_from((6, 8, 15, 16))), draw(st.sampled_from((8, 16, 24)))
+    width, hidden = draw(st.sampled_from((6, 8, 15, 16))), draw(st.sampled_from((5, 8, 12, 24)))
     crowding = draw(st.sampled_from(("random", "one crowd", "first idle", "experts choose")))
     share = draw(st.sampled_from(("all", "some", "none")))
     activation = draw(st.sampled_from(sorted(ACTIVATIONS)))
@@ -251,10 +251,10 @@ def test_swapping_tokens_swaps_rows_and_nothing_else(dispatch, top_k):
     torch.testing.assert_close(swapped, y[order])
 
 
-@pytest.mark.parametrize(("hidden", "dtype"), [(10, torch.float32), (8, torch.float64)])
-def test_auto_runs_where_grouped_products_cannot(monkeypatch, hidden, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auto_runs_where_grouped_products_cannot(monkeypatch, dtype):
     torch.manual_seed(2)
-    auto = Experts(3, 16, hidden, "auto").to(dtype)
+    auto = Experts(3, 16, 8, "auto").to(dtype)
     for parameter in auto.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(7, 16, dtype=dtype)
@@ -296,3 +296,21 @@ def test_very_uneven_loads_change_nothing(dtype, weights_dtype):
         assert mine.dtype == reference.dtype
         error = (mine.double() - reference.double()).norm() / reference.double().norm()
         assert error < (2e-2 if rounded else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("room", [10_000, 10**9])
+def test_sixty_four_experts_for_a_thousand_tokens(monkeypatch, dtype, room):
+    """The size that is timed, in many products and in few."""
+    monkeypatch.setattr("nano_moe.model.fused.CACHE_BYTES", room)
+    monkeypatch.setattr("nano_moe.model.fused.CHUNK_BYTES", {torch.bfloat16: room})
+    torch.manual_seed(5)
+    ids = best_experts(torch.randn(1000, 64), 8)
+    problem = Problem(
+        torch.randn(1000, 16), ids, torch.rand(ids.shape),
+        torch.randn(64, 24, 16) / 4, torch.randn(64, 16, 12) / 4,
+    )  # fmt: skip
+    for dispatch in (grouped, fused):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            values = run(dispatch, problem)
+        assert distance(values, problem) < (BF16 if dtype == torch.bfloat16 else FP32)

@@ -242,6 +242,15 @@ def test_the_best_experts_are_the_largest_and_of_equals_the_first(
         assert torch.equal(ids, expected)
 
 
+@pytest.mark.parametrize(("n_experts", "top_k"), [(8, 2), (32, 4), (33, 3), (64, 8), (200, 6)])
+def test_the_best_of_many_experts_for_many_tokens(n_experts, top_k):
+    """More than a kernel's vectors hold, and more tokens than it has parts."""
+    torch.manual_seed(0)
+    scores = torch.randn(500, n_experts).softmax(-1)
+    assert len(scores.unique()) > 0.9 * scores.numel()
+    assert torch.equal(best_experts(scores, top_k), scores.topk(top_k).indices)
+
+
 @pytest.mark.parametrize("top_k", [1, 3, 5])
 def test_experts_are_distinct_where_scores_are_not_numbers(top_k):
     scores = torch.full((4, 5), torch.nan)

@@ -26,11 +26,11 @@ SCHEMES = [
 as_id = lambda fields: "-".join(fields) or "plain"  # noqa: E731
 
 
-def forward_and_backward(moe: MoE) -> list[tuple[int, ...]]:
+def forward_and_backward(moe: MoE, *, bf16: bool = True) -> list[tuple[int, ...]]:
     """Shapes of the output, the input's gradient and the token counts."""
     x = torch.randn(2, 6, 16, requires_grad=True)
     tokens = torch.zeros(2, 6, dtype=torch.int64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         y, routing = moe(x, tokens)
     (y * torch.ones_like(y)).sum().backward()
     return [tuple(one.shape) for one in (y, x.grad, routing.counts)]
@@ -40,6 +40,32 @@ def forward_and_backward(moe: MoE) -> list[tuple[int, ...]]:
 def test_nothing_looks_at_values(moe_config, scheme):
     with FakeTensorMode():
         shapes = forward_and_backward(MoE(moe_config(moe={"backend": "grouped", **scheme})))
+    assert shapes == [(2, 6, 16), (2, 6, 16), (4,)]
+
+
+class ShapesOfGroupedProduct(torch.autograd.Function):
+    """The shapes of `grouped_mm`, which has no fake kernel in float32."""
+
+    @staticmethod
+    def forward(ctx, rows, weights, offs):
+        ctx.save_for_backward(rows, weights)
+        return rows.new_empty(len(rows), weights.shape[-1])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, weights = ctx.saved_tensors
+        return torch.empty_like(rows), torch.empty_like(weights), None
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=as_id)
+def test_nothing_looks_at_values_in_float32(moe_config, scheme, monkeypatch):
+    monkeypatch.setattr(
+        "nano_moe.model.experts.F.grouped_mm",
+        lambda rows, weights, offs: ShapesOfGroupedProduct.apply(rows, weights, offs),
+    )
+    with FakeTensorMode():
+        moe = MoE(moe_config(moe={"backend": "grouped", **scheme}))
+        shapes = forward_and_backward(moe, bf16=False)
     assert shapes == [(2, 6, 16), (2, 6, 16), (4,)]
 
 

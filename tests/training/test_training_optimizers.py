@@ -8,7 +8,8 @@ from torch import nn
 
 from nano_moe.config import OptimConfig
 from nano_moe.model.gpt import GPT
-from nano_moe.training.optimizers import MuonAdamW, orthogonalize, parameter_groups
+from nano_moe.training import elementwise, optimizers
+from nano_moe.training.optimizers import MuonAdamW, newton_schulz, parameter_groups
 from nano_moe.training.schedule import multiplier
 
 CONFIG = OptimConfig(lr=0.02, weight_decay=0.1, newton_schulz="fp32")
@@ -53,7 +54,7 @@ def test_orthogonalizing_moves_all_singular_values_near_one_and_keeps_the_direct
     values = torch.logspace(0, -1.5, rows, dtype=torch.float64)
     for size in (1e-3, 1.0, 1e4):
         matrices = (u * values * size) @ v.mT
-        found = orthogonalize(matrices.to(torch.float32), dtype).double()
+        found = newton_schulz((matrices / elementwise.norms(matrices)).to(dtype)).double()
         assert found.shape == matrices.shape
         new = torch.linalg.svdvals(found)
         assert new.min() > 0.6 and new.max() < 1.3
@@ -65,7 +66,7 @@ def test_orthogonalizing_moves_all_singular_values_near_one_and_keeps_the_direct
 
 
 def test_orthogonalizing_nothing_gives_nothing():
-    assert not orthogonalize(torch.zeros(2, 4, 4), torch.float32).any()
+    assert not newton_schulz(torch.zeros(2, 4, 4)).any()
 
 
 # --- Muon ----------------------------------------------------------------------------------------
@@ -105,6 +106,31 @@ def test_a_fused_gate_up_moves_as_its_two_halves_would_alone(shape):
     torch.testing.assert_close(fused, torch.cat(halves, -2), rtol=1e-4, atol=1e-5)
     whole = moved_by_muon(start, gradients)
     assert (fused - whole).abs().max() > 1e-3  # the flag matters
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_pieces_of_a_batch_are_all_of_it(monkeypatch, most):
+    """However many matrices the cache holds, each of nine moves as it would alone."""
+    monkeypatch.setattr(optimizers, "NEWTON_SCHULZ_BYTES", most * 8 * 24 * 4)
+    starts = draws(4, 8, 24, n=0)[0], draws(5, 8, 24, n=0, seed=1)[0]
+    gradients = draws(4, 8, 24, n=2, seed=2)[1:], draws(5, 8, 24, n=2, seed=3)[1:]
+    together = [nn.Parameter(start.clone()) for start in starts]
+    steps = [list(pair) for pair in zip(*gradients, strict=True)]
+    walk(MuonAdamW([group(*together, muon=True)], CONFIG), together, steps)
+    for parameter, start, own in zip(together, starts, gradients, strict=True):
+        for e in range(len(start)):
+            alone = moved_by_muon(start[e], [gradient[e] for gradient in own])
+            torch.testing.assert_close(parameter[e].detach(), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("muon", [True, False])
+def test_weights_in_bf16_move_as_they_do_in_float32(muon):
+    start, *gradients = (x.bfloat16() for x in draws(3, 8, 24))
+    wide, narrow = nn.Parameter(start.float()), nn.Parameter(start.clone())
+    walk(MuonAdamW([group(wide, muon=muon)], CONFIG), [wide], [[g.float()] for g in gradients])
+    walk(MuonAdamW([group(narrow, muon=muon)], CONFIG), [narrow], [[g] for g in gradients])
+    moved = (wide - start.float()).norm()
+    assert (narrow.float() - wide).norm() < 0.4 * moved  # what rounding five times leaves
 
 
 def test_parameters_that_share_a_shape_do_not_share_their_steps():
