@@ -23,7 +23,7 @@ from nano_moe.config import MLAConfig, ModelConfig, MoEConfig, Recipe
 INT64_BYTES = 8
 ROW_BYTES = INT64_BYTES + FLOAT32_BYTES  # token and weight of an expert's row
 CHUNK_BYTES = {4: 4 * 2**20, 2: 64 * 2**20}  # of rows that experts work on at a time, by b
-BUSIEST = 2  # times its share of assignments, an expert's at most
+BUSIEST = 2.5  # times its share of assignments: what an expert of a young router may get
 BATCH_BYTES = 8 * 2**20  # of matrices that Muon's iteration works on at a time
 BATCHES = 5  # that live at once in the iteration
 SPARE, SPARE_ROWS = 1.25, 64  # rows of experts that share a product: over their loads, and each
@@ -284,7 +284,7 @@ def _hidden_work(model: ModelConfig) -> int:
 def _experts_work(model: ModelConfig, moe: MoEConfig, tokens: int, b: int) -> int:
     """The rows' gradients, and all that a group of experts works on; or the shared experts."""
     assigned, row = tokens * moe.top_k, _row_bytes(model, b)
-    busiest = min(tokens, BUSIEST * assigned // moe.n_experts)
+    busiest = min(tokens, int(BUSIEST * assigned / moe.n_experts))
     group = min(assigned * row, max(CHUNK_BYTES[b], busiest * row))
     shared = _hidden_work(model) * moe.n_shared_experts * model.expert_width
     return max(b * tokens * shared, b * assigned * model.d_model + group)
