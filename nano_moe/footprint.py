@@ -79,10 +79,8 @@ def compiled_at_most(recipe: Recipe, precision: str) -> int:
         return 0
     tokens, n_experts, shapes = _tokens(recipe), 1, 0
     while n_experts <= model.moe.n_experts:
-        alone = n_experts == 1
-        most = SPARE * tokens * model.moe.top_k / n_experts + SPARE_ROWS
-        chunk = CHUNK_BYTES[b] // (_row_bytes(model, b) * n_experts)
-        shapes += _row_counts(tokens if alone else min(tokens, int(most), chunk))
+        together = int(SPARE * tokens * model.moe.top_k / n_experts + SPARE_ROWS)
+        shapes += _row_counts(tokens if n_experts == 1 else min(tokens, together))
         n_experts *= 2
     return PRODUCT_BYTES * PRODUCTS * shapes
 
