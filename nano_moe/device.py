@@ -12,11 +12,16 @@ from nano_moe.errors import UserError
 
 
 def choose_device(recipe: Recipe) -> torch.device:
-    """The device a recipe asks for; raises UserError where there is none."""
+    """The device a recipe asks for; raises UserError where there is none or it could not run."""
     available = torch.cuda.is_available()
     if recipe.trainer.accelerator == "gpu" and not available:
         raise UserError("trainer.accelerator: gpu, but no CUDA GPU is usable; set it to auto")
     use_gpu = available and recipe.trainer.accelerator != "cpu"
+    if use_gpu and recipe.model.moe is not None and recipe.model.moe.backend == "fused":
+        raise UserError(
+            "model.moe.backend: fused runs on CPUs alone, and this is a GPU; set it to auto, or "
+            "trainer.accelerator to cpu"
+        )
     return torch.device("cuda" if use_gpu else "cpu")
 
 

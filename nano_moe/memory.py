@@ -1,24 +1,39 @@
-"""What the C library does with memory that PyTorch frees on a CPU."""
+"""What the C library does with memory that PyTorch frees on a CPU: one of two things, by size.
+
+Both are for the whole process and for glibc; elsewhere they do nothing and say so.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
 LARGEST = 2**31 - 1
+MMAP_MAX = 2**16  # glibc's own
+BLOCK = 4 * 2**20  # larger ones are handed back
 
 
 def keep_freed_memory() -> bool:
     """Let freed memory be used again instead of handing it back; whether the C library can.
 
-    By default glibc gives every large block back to the system, and each step's first touch of its
-    activations costs a page fault per 4 KiB: a tenth of a training step on a CPU. For the process;
-    it then holds its largest working set until it ends.
+    By default glibc gives large blocks back to the system, and each step's first touch of its
+    activations costs a page fault per 4 KiB: a tenth of a training step on a CPU. Blocks are cut up
+    and never quite fit again, so the process comes to hold up to twice what is in use.
     """
+    return _ask({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: LARGEST})
+
+
+def return_freed_memory() -> bool:
+    """Hand every large block back when it is freed; whether the C library can.
+
+    The process then holds little more than what is in use, and pays for it in page faults.
+    """
+    return _ask({M_MMAP_MAX: MMAP_MAX, M_MMAP_THRESHOLD: BLOCK, M_TRIM_THRESHOLD: LARGEST})
+
+
+def _ask(options: dict[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, LARGEST))
+    return mallopt is not None and all(mallopt(name, value) for name, value in options.items())

@@ -9,7 +9,7 @@ import pytest
 
 from nano_moe import recipe_file
 from nano_moe.config import TrainerConfig
-from nano_moe.device import check_memory
+from nano_moe.device import check_memory, choose_device
 from nano_moe.errors import UserError
 
 DENSE = Path(__file__).parent.parent / "recipes" / "dense.yaml"
@@ -22,6 +22,15 @@ def test_a_batch_that_no_memory_holds_is_refused_and_named(recipe_of, dense_conf
     config = dense_config(context=2**16)
     with pytest.raises(UserError, match=r"trainer\.batch_size: training needs at least .* GiB"):
         check_memory(recipe_of(config).model_copy(update={"trainer": huge}))
+
+
+def test_experts_for_cpus_are_refused_on_a_gpu(recipe_of, moe_config, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    fused, auto = (moe_config(moe={"backend": name}) for name in ("fused", "auto"))
+    with pytest.raises(UserError, match=r"model\.moe\.backend: fused runs on CPUs alone"):
+        choose_device(recipe_of(fused))
+    assert choose_device(recipe_of(fused, trainer={"accelerator": "cpu"})).type == "cpu"
+    assert choose_device(recipe_of(auto)).type == "cuda"
 
 
 def test_a_pipe_in_a_recipes_place_is_refused_and_does_not_hang(tmp_path):

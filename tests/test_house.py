@@ -17,6 +17,7 @@ KNOWS = {
     "published": {"accounting"},
     "census": {"accounting", "model", "published"},
     "recipe_file": {"published"},
+    "footprint": {"accounting"},
     "device": {"accounting"},
     "memory": set(),
     "text": set(),
@@ -24,7 +25,9 @@ KNOWS = {
     "comparison": {"runs"},
     "evaluation": {"model", "text"},
     "inference": {"model", "text"},
-    "training": {"accounting", "device", "evaluation", "memory", "model", "runs", "text"},
+    "training": {
+        *("accounting", "device", "evaluation", "footprint", "memory", "model", "runs", "text")
+    },
 }
 GROUND = {"config", "errors", "files"}
 

@@ -6,10 +6,11 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from nano_moe import accounting, recipe_file
-from nano_moe.accounting import Sparsity
+from nano_moe.accounting import BYTES, Sparsity
 from nano_moe.cli.arguments import add_json, add_recipe
 from nano_moe.cli.output import params, print_count, print_json, print_table, si, size
-from nano_moe.config import Recipe
+from nano_moe.config import ModelConfig, Recipe
+from nano_moe.footprint import compiled_at_most, kept_per_token, peak
 from nano_moe.published import Publication, Published
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ A_HANDFUL = 16  # of experts: with more, nobody takes the model for so many mode
 HOW = {
     "built": "counted from the modules of the decoder that the file describes: shapes, no memory",
     "formula": "counted by formula, from the list of weights: our decoder cannot be this model",
+}
+
+MOMENTS = {
+    "loss": "at the loss",
+    "backward": "in the backward pass",
+    "optimizer": "in the optimizer",
 }
 
 
@@ -40,22 +47,56 @@ def _count_recipe(args: argparse.Namespace, recipe: Recipe) -> None:
     if recipe.model.moe is not None:
         groups = accounting.weight_groups(recipe.model)
         sparsity = accounting.sparsity(groups, recipe.model.moe.n_experts)
+    activations, step = _activations(recipe.model), _step(recipe)
     if args.json:
-        print_json({**counted._asdict(), "sparsity": sparsity and sparsity._asdict()})
+        print_json(
+            {
+                **counted._asdict(),
+                "activation_bytes_per_token": activations,
+                "step": step,
+                "sparsity": sparsity and sparsity._asdict(),
+            }
+        )
         return
     print_count(args.recipe, counted)
+    _print_activations(activations)
+    _print_step(step)
     if sparsity is not None:
         _print_sparsity(sparsity, counted.total_params)
+
+
+def _activations(model: ModelConfig) -> dict[str, dict[str, dict[str, int]]]:
+    """Bytes by precision, by what a block keeps, and by part."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for precision in BYTES:
+        found[precision] = {}
+        for name, checkpointing in (("all", False), ("checkpointed", True)):
+            kept = kept_per_token(model, precision, checkpointing=checkpointing)
+            found[precision][name] = {"total": sum(kept), **kept._asdict()}
+    return found
+
+
+def _step(recipe: Recipe) -> dict[str, Any]:
+    """The peak as the recipe trains, `auto` counted as fp32."""
+    precision = recipe.trainer.precision if recipe.trainer.precision in BYTES else "fp32"
+    return {
+        "precision": precision,
+        **peak(recipe, precision)._asdict(),
+        "compiled_bytes_at_most": compiled_at_most(recipe, precision),
+    }
 
 
 def _count_published(args: argparse.Namespace, published: Published) -> None:
     from nano_moe.census import census
 
     counted = census(published)
+    activations = None if published.model is None else _activations(published.model)
     if args.json:
-        print_json(_as_json(published, counted))
+        print_json({**_as_json(published, counted), "activation_bytes_per_token": activations})
         return
     _print_sizes(args, published, counted)
+    if activations is not None:
+        _print_activations(activations)
     if counted.sparsity is not None:
         _print_sparsity(counted.sparsity, counted.total_params)
 
@@ -100,6 +141,25 @@ def _size_rows(about: Publication | None, counted: Census) -> list[tuple[str, st
     for precision, held in counted.weight_bytes.items():
         rows.append((f"weights in {precision}", size(held), size(counted.active_bytes[precision])))
     return rows
+
+
+def _print_activations(activations: dict[str, dict[str, dict[str, int]]]) -> None:
+    rows = [
+        (label, *(size(activations[precision][kept]["total"]) for precision in activations))
+        for kept, label in (("all", "in all"), ("checkpointed", "with activation_checkpointing"))
+    ]
+    title = "activations that training keeps, per token, on a CPU"
+    print_table(title, ("", *activations), rows)
+
+
+def _print_step(step: dict[str, Any]) -> None:
+    compiled = step["compiled_bytes_at_most"]
+    print(
+        f"A training step in {step['precision']} on a CPU holds {size(step['bytes'])} at its "
+        f"fullest, {MOMENTS[step['moment']]}: weights, gradients, optimizer state, activations."
+    )
+    if compiled:
+        print(f"Compiled products of experts may take up to {size(compiled)} beside it.")
 
 
 def _print_sparsity(s: Sparsity, total: int) -> None:

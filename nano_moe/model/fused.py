@@ -56,12 +56,13 @@ class Layout(NamedTuple):
     order: Tensor | None  # (E,), the expert at each place; None: each at its own
 
     def places(self, ids: Tensor) -> Tensor:
-        """Experts' ids to places; E, a dropped assignment's, stays."""
+        """Experts' ids to places, (M,) -> (M,); E, a dropped assignment's, stays."""
         if self.order is None:
             return ids
         n_experts = len(self.order)
         places = torch.full((n_experts + 1,), n_experts)
-        return places.scatter_(0, self.order, torch.arange(n_experts))[ids]
+        places.scatter_(0, self.order, torch.arange(n_experts))
+        return places.index_select(0, ids)  # which, unlike places[ids], raises for -1
 
 
 def fused(

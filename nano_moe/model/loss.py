@@ -15,21 +15,25 @@ from torch.autograd.function import once_differentiable
 from nano_moe.model import kernels
 from nano_moe.model.ops import at_least_float32
 
+NO_TARGET = -(2**63)  # PyTorch's own is -100, which here would hide a fault
+
 
 def cross_entropy(
     logits: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean"
 ) -> Tensor:
     """Next-token cross-entropy in nats, in at least float32.
 
-    logits (B, T, V), targets (B, T) int64; scalar, or (B*T,) for "none". On CPUs raises IndexError
-    for a target that is not in [0, V).
+    logits (B, T, V), targets (B, T) int64; scalar, or (B*T,) for "none". No target is ignored: on
+    CPUs one that is not in [0, V) raises IndexError.
     """
     flat, wanted = logits.flatten(0, -2), targets.flatten()
     fits = len(wanted) == len(flat) and wanted.dtype == torch.int64
     if fits and kernels.usable(flat):
         each = OnePass.apply(flat, wanted)
         return each.mean() if reduction == "mean" else each
-    return F.cross_entropy(at_least_float32(flat), wanted, reduction=reduction)
+    return F.cross_entropy(
+        at_least_float32(flat), wanted, reduction=reduction, ignore_index=NO_TARGET
+    )
 
 
 class OnePass(torch.autograd.Function):

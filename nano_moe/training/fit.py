@@ -17,7 +17,8 @@ from nano_moe.device import choose_device, choose_precision
 from nano_moe.errors import UserError
 from nano_moe.evaluation import Evaluation
 from nano_moe.files import remove_torn
-from nano_moe.memory import keep_freed_memory
+from nano_moe.footprint import peak
+from nano_moe.memory import keep_freed_memory, return_freed_memory
 from nano_moe.runs import Run, check_corpus, check_recipe, describe, read_checkpoint, write_json
 from nano_moe.text.store import Corpus
 from nano_moe.training.checkpoint import AtomicCheckpointIO, SaveLast
@@ -30,6 +31,8 @@ from nano_moe.training.signals import StopSignal
 from nano_moe.training.telemetry import Recorder, Telemetry
 from nano_moe.training.validation import Validation
 from nano_moe.training.warm_start import warm_start
+
+LARGE = 500 * 10**6  # bytes of a step from which on they matter more than page faults
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ def fit(
     start = prepare_run(run, recipe, corpus, device, resume=resume)
     _quiet()
     if device.type == "cpu":
-        keep_freed_memory()
+        large = peak(recipe, precision).bytes >= LARGE
+        return_freed_memory() if large else keep_freed_memory()
     clock, stop = Clock(), StopSignal()
     recorder = Recorder(run, start)
     telemetry = Telemetry(recorder, clock, recipe, precision)

@@ -77,6 +77,16 @@ def test_a_list_of_weights_says_that_it_is_one_and_a_rumour_that_it_is_one(shop)
     assert "RUMOUR" not in out and "by formula" not in out
 
 
+def test_activations_are_counted_where_there_is_a_model_block_and_no_training_step(shop):
+    kept = shop.json("count", MIXTRAL)["activation_bytes_per_token"]
+    assert kept["bf16"]["checkpointed"]["total"] < kept["bf16"]["all"]["total"]
+    assert shop.json("count", RUMOUR)["activation_bytes_per_token"] is None
+    for path, counted in ((MIXTRAL, True), (RUMOUR, False)):
+        _, out, _ = shop.run("count", path)
+        assert ("activations that training keeps" in out) == counted
+        assert "training step" not in out
+
+
 def test_a_dense_model_saves_nothing_and_says_nothing_of_it(shop):
     _, out, _ = shop.run("count", str(PUBLISHED / "llama-2-70b.yaml"))
     assert "68,976,648,192" in out and "saved" not in out

@@ -23,6 +23,8 @@ COUNT_KEYS = {
     "train_flops_per_token",
     "weight_bytes",
     "kv_cache_bytes_per_token",
+    "activation_bytes_per_token",
+    "step",
 }
 EVAL_KEYS = {"ce", "bpb", "perplexity", "tokens", "bytes", "domains", "routing"}
 
@@ -61,6 +63,25 @@ def test_count_prints_one_object_with_the_promised_keys(shop):
     dense = shop.json("count", "tiny.yaml", "model.moe=null")
     assert dense["active_params"] == dense["total_params"]
     assert counted["active_params"] == dense["active_params"] + counted["router_params"]
+
+
+def test_count_says_what_training_keeps_of_a_token_and_what_a_step_holds(shop):
+    found = shop.json("count", "tiny.yaml")
+    for by_kept in found["activation_bytes_per_token"].values():
+        for by_part in by_kept.values():
+            assert by_part.pop("total") == sum(by_part.values())
+    step = found["step"]
+    again = shop.json("count", "tiny.yaml", "trainer.activation_checkpointing=true")["step"]
+    assert (step["precision"], step["moment"]) == ("fp32", "optimizer")
+    assert step["bytes"] >= sum(found[f"{k}_bytes"] for k in ("weight", "gradient", "optimizer"))
+    assert again["bytes"] <= step["bytes"]
+    large = ("trainer.batch_size=999", "trainer.precision=bf16")
+    step = shop.json("count", "tiny.yaml", *large)["step"]
+    assert step["moment"] == "loss" and step["compiled_bytes_at_most"] > 0
+    _, out, _ = shop.run("count", "tiny.yaml", *large)
+    assert "with activation_checkpointing" in out and "at its fullest, at the loss" in out
+    assert "Compiled products of experts may take up to" in out
+    assert max(len(line) for line in out.splitlines() if line.startswith("│")) <= 80
 
 
 def test_show_prints_a_recipe_that_loads_as_the_same(shop):

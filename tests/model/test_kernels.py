@@ -293,6 +293,8 @@ def test_a_target_out_of_range_raises(wild, place):
     targets[place] = wild
     with pytest.raises(IndexError, match=r"not in \[0, 9\)"):
         cross_entropy(torch.randn(6, 9), targets)
+    with pytest.raises(IndexError, match="out of bounds"):
+        cross_entropy(torch.randn(6, 9).double(), targets)  # by PyTorch's operators
 
 
 @pytest.mark.parametrize(
@@ -532,6 +534,15 @@ def dispatch(ids: list, weights: Tensor, counts: list) -> Tensor:
 def test_a_routing_that_cannot_be_laid_out_raises(ids, width, counts, message):
     with pytest.raises((IndexError, ValueError), match=message):
         dispatch(ids, torch.ones(3, width), counts)
+
+
+@pytest.mark.parametrize("wild", [-1, 5, 2**40])
+def test_an_expert_that_does_not_exist_raises_where_experts_are_sorted_by_load(wild):
+    layout = fused.lay_out([1000, 3, 900, 5], 10**6, torch.bfloat16)
+    assert layout.order is not None
+    assert layout.places(torch.tensor([1, 3, 4])).tolist() == [0, 1, 4]
+    with pytest.raises(IndexError):
+        layout.places(torch.tensor([1, wild, 3]))
 
 
 @pytest.mark.parametrize("wild", [264, 10**9, -1])
