@@ -29,6 +29,7 @@ BATCHES = 5  # that live at once in the iteration
 SPARE, SPARE_ROWS = 1.25, 64  # rows of experts that share a product: over their loads, and each
 PRODUCT_BYTES = 600 * 2**10  # that oneDNN holds of a product once compiled
 PRODUCTS = 6  # of a group of experts: two forward, four backward
+WIDE_HEAD = 64  # narrower ones attend in float32
 ROUNDED = {"attention", "ffn", "experts", "shared_experts", "head"}  # weights copied in bf16
 MUON = {"attention", "ffn", "experts", "shared_experts"}
 
@@ -117,9 +118,16 @@ def _end(model: ModelConfig, b: int) -> Kept:
 
 def _attention(model: ModelConfig, b: int) -> int:
     """Input, projections, rotated queries and keys, output; the log-sum-exp of each head."""
-    inputs = _readers(3, b) * model.d_model
+    inputs, attended = b * _readers(3, b) * model.d_model, _attended(model, b)
     queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
-    return b * (inputs + 3 * queries + 3 * keys) + FLOAT32_BYTES * model.n_heads
+    rounded = b * queries if attended > b else 0  # the output as the next product reads it
+    projected, seen = b * (queries + keys), attended * 2 * (queries + keys)
+    return inputs + projected + seen + rounded + FLOAT32_BYTES * model.n_heads
+
+
+def _attended(model: ModelConfig, b: int) -> int:
+    """Bytes of a number in attention itself, where narrow heads stay in float32."""
+    return FLOAT32_BYTES if model.mla is None and model.head_size < WIDE_HEAD else b
 
 
 def _readers(products: int, b: int) -> int:
@@ -264,7 +272,9 @@ def _work(model: ModelConfig, moe: MoEConfig | None, tokens: int, b: int) -> int
     freed = sum(kept) - kept.attention - kept.norms // 2
     inside = b * tokens * _hidden_work(model) * model.d_ff
     inside = inside if moe is None else _experts_work(model, moe, tokens, b)
-    return stream * tokens + max(inside, (b * _attention_work(model) - freed) * tokens)
+    return stream * tokens + max(
+        inside, (_attended(model, b) * _attention_work(model) - freed) * tokens
+    )
 
 
 def _attention_work(model: ModelConfig) -> int:

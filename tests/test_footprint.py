@@ -25,11 +25,12 @@ from nano_moe.footprint import (
     PRODUCTS,
     SPARE,
     SPARE_ROWS,
+    WIDE_HEAD,
     compiled_at_most,
     kept_per_token,
     peak,
 )
-from nano_moe.model import fused
+from nano_moe.model import attention, fused
 from nano_moe.training.module import Decoder
 from nano_moe.training.optimizers import NEWTON_SCHULZ_BYTES
 
@@ -242,3 +243,4 @@ def test_the_footprint_works_with_the_sizes_that_training_does():
         assert CHUNK_BYTES[b] == fused.CHUNK_BYTES.get(dtype, fused.CACHE_BYTES)
     assert (SPARE, SPARE_ROWS) == (fused.SPARE, fused.SPARE_ROWS)
     assert BATCH_BYTES == NEWTON_SCHULZ_BYTES
+    assert WIDE_HEAD == attention.WIDE_HEAD

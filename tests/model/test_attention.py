@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from rotation import randomized, turned
 
 from nano_moe.model.attention import Attention, rope_tables, rotate
@@ -107,3 +108,22 @@ def test_under_autocast_normed_heads_meet_values_in_one_dtype(dense_config):
             half = attention(x, cos.float(), sin.float())
     assert half.dtype == torch.bfloat16
     assert (half - exact).norm() / exact.norm() < 2e-2
+
+
+@pytest.mark.parametrize(("head_dim", "expected"), [(62, torch.float32), (64, torch.bfloat16)])
+def test_narrow_heads_attend_in_float32_under_autocast_too(
+    dense_config, monkeypatch, head_dim, expected
+):
+    """What comes out of attention shows in what dtype it worked: autocast rounds what goes in."""
+    attention, (cos, sin) = attention_of(dense_config, head_dim=head_dim)
+    attend, found = F.scaled_dot_product_attention, []
+
+    def watched(*tensors, **options):
+        y = attend(*tensors, **options)
+        found.append(y.dtype)
+        return y
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = attention.float()(torch.randn(2, 12, 16), cos.float(), sin.float())
+    assert found == [expected] and y.dtype == torch.bfloat16
