@@ -36,7 +36,7 @@ from nano_moe.training.module import Decoder
 CHARACTERS = 1_115_394  # as long as the usual character-level benchmark text
 REFERENCE, DENSE, SPARSE = "reference", "char", "char-moe"
 SHARES = (0.1, 0.2, 0.3)
-# Issue 4: nats below the reference, shares of its characters and time, and of its tokens/s.
+# Aims: nats below the reference, shares of its characters and time, and of its speed.
 GAP, MOST_CHARACTERS, MOST_TIME, SPEED = 0.33, 0.3, 0.5, 0.8
 
 NOTES = (

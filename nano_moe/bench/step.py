@@ -16,7 +16,7 @@ from nano_moe.training.module import Decoder
 
 SEPARATE = "dense, gate and up apart"
 BASES = ("dense", SEPARATE)
-# Issue 4: (case, base) -> the largest ratio it asks for; no base: the faster dense decoder.
+# (case, base) -> the largest ratio aimed at; no base: the faster dense decoder.
 TARGETS = {"8 experts top-2": 1.10, "64 experts top-8": 1.30}
 GROWTH = {"64 experts top-8": 1.25, "64 experts top-2": None}  # over 8 experts top-2
 

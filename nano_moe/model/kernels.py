@@ -34,15 +34,16 @@ _INLINE = {"forceinline": True, "fastmath": _FAST}
 # What reordering would round off.
 _IN_ORDER = {"forceinline": True, "fastmath": {"contract", "nsz"}}
 DTYPES = (torch.float32, torch.bfloat16)
+FLOAT32 = (torch.float32,)  # alone, where a kernel does not read bfloat16
 _f32, _u32, _i32 = np.float32, np.uint32, np.int32
 _LEAST = np.int32(-(2**31))
 LANES = 32  # numbers that vector instructions take at a time, or a multiple of that
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether these are real float32 or bfloat16 values in CPU memory, and nobody is tracing."""
+def usable(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool:
+    """Whether these are real values of `dtypes` in CPU memory, and nobody is tracing."""
     return not torch.compiler.is_compiling() and all(
-        type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in DTYPES
+        type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in dtypes
         for x in tensors
     )
 

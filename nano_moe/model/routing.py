@@ -46,7 +46,7 @@ def probabilities_of(scores: Tensor, kind: str) -> Tensor:
 
 def best_experts(scores: Tensor, top_k: int) -> Tensor:
     """The experts of the largest scores, best first: (N, E) -> (N, K) int64."""
-    if scores.dtype != torch.float32 or not kernels.usable(scores):
+    if not kernels.usable(scores, dtypes=kernels.FLOAT32):
         return scores.topk(top_k, dim=-1).indices
     ids = torch.empty(len(scores), top_k, dtype=torch.int64)
     width = -(-scores.shape[1] // kernels.LANES) * kernels.LANES

@@ -19,13 +19,9 @@ from nano_moe.model import kernels
 SMALLEST_NORM = 1e-7
 
 
-def _by_kernel(*tensors: Tensor) -> bool:
-    return kernels.usable(*tensors) and all(x.dtype == torch.float32 for x in tensors)
-
-
 def nonzero(grad: Tensor) -> Tensor:
     """1 where a matrix of (S, m, n) holds anything but zeros, else 0: (S,)."""
-    if not _by_kernel(grad):
+    if not kernels.usable(grad, dtypes=kernels.FLOAT32):
         return grad.flatten(1).ne(0).any(1).to(grad.dtype)
     found = grad.new_zeros(len(grad))
     kernels.launch(kernels.nonzero, grad.flatten(1), found)
@@ -44,7 +40,7 @@ def direction(
 
     Jordan et al. 2024 (Muon).
     """
-    if not _by_kernel(grad, momentum) or dtype not in kernels.DTYPES:
+    if not kernels.usable(grad, momentum, dtypes=kernels.FLOAT32) or dtype not in kernels.DTYPES:
         momentum.lerp_(grad, live[:, None, None] * (1 - beta))
         ahead = grad.lerp(momentum, beta)
         return (ahead / norms(ahead)).to(dtype)
@@ -58,7 +54,7 @@ def direction(
 
 def move(weight: Tensor, step: Tensor, live: Tensor, rate: float, decay: float) -> None:
     """weight -= decay * weight + rate * step, (S, m, n), in place."""
-    if _by_kernel(weight) and kernels.usable(step):
+    if kernels.usable(weight, dtypes=kernels.FLOAT32) and kernels.usable(step):
         kernels.launch(kernels.muon_move, weight, step, live, rate, decay)
     else:
         weight.sub_(live[:, None, None] * (weight * decay + step.to(weight.dtype) * rate))
@@ -80,7 +76,7 @@ def adamw(
     beta1, beta2, eps, rate, decay = (group[name] for name in names)
     average, square, step = moments
     biases = [1 - beta ** step.clamp_min(1) for beta in (beta1, beta2)]
-    if _by_kernel(weight, grad):
+    if kernels.usable(weight, grad, dtypes=kernels.FLOAT32):
         rates = (beta1, beta2, eps, rate, decay)
         kernels.launch(kernels.adamw, weight, grad, average, square, live, *biases, *rates)
         return
