@@ -16,7 +16,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 # What was given on make's command line and is no variable of this file goes to the recipe.
 # (make takes `a.b=c` as a variable of its own, so a plain target would silently drop it.)
-OWN := RECIPE RUN RUNS DENSE SPARSE STEP_RATIO NAME PROMPT PORT PYTHON TORCH_ARGS ARGS LITGPT_PYTHON
+OWN := RECIPE RUN RUNS STUDY TIER DENSE SPARSE STEP_RATIO NAME PROMPT PORT PYTHON TORCH_ARGS ARGS LITGPT_PYTHON
 # Only the command line counts: a NAME or PORT of the shell's environment is not meant for us.
 given = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
 quote = '$(subst ','\'',$(1))'
@@ -26,8 +26,8 @@ needs = $(if $(call given,$(1)),,$(error $(1) is missing: make $@ $(1)=…))$(pl
 plain = $(if $(strip $(OVERRIDES)),$(error make $@ takes no recipe fields: $(strip $(OVERRIDES))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume eval sample count show compare break-even prepare tensorboard \
-	test test-all bench lint types format
+.PHONY: help setup train resume eval sample count show compare break-even reproduce verify report \
+	prepare tensorboard test test-all bench lint types format
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -53,6 +53,16 @@ compare: $(STAMP) ## RUNS="a b" side by side at equal tokens, FLOPs and seconds
 break-even: $(STAMP) ## what SPARSE="a b" need of the tokens of DENSE="c d" (STEP_RATIO=… for time)
 	$(call needs,DENSE)$(call needs,SPARSE)@$(NANO) break-even --dense $(foreach r,$(DENSE),$(call quote,$(r))) \
 		--sparse $(foreach r,$(SPARSE),$(call quote,$(r))) $(if $(call given,STEP_RATIO),--step-ratio $(call quote,$(STEP_RATIO)))
+
+reproduce: $(STAMP) ## run STUDY=name, or every study; goes on where it stopped (TIER=smoke: in seconds)
+	$(plain)@$(NANO) study run $(foreach s,$(call given,STUDY),$(call quote,$(s))) \
+		$(if $(call given,TIER),--tier $(call quote,$(TIER))) $(call given,ARGS)
+
+verify: $(STAMP) ## train a run of STUDY again, drawn at random, and compare
+	$(plain)@$(NANO) study verify $(foreach s,$(call given,STUDY),$(call quote,$(s))) $(call given,ARGS)
+
+report: $(STAMP) ## rebuild figures, RESULTS.md and the README's verdicts from finished studies
+	$(plain)@$(NANO) study report
 
 count: $(STAMP) ## parameters, FLOPs and bytes of RECIPE
 	@$(NANO) count $(call quote,$(RECIPE)) $(OVERRIDES)

@@ -83,9 +83,10 @@ class MoEConfig(Section):
     score: Literal["softmax", "sigmoid"] = Field(
         default="softmax", description="how router logits become scores"
     )
-    normalize_top_k: bool | None = Field(
+    normalize_top_k: bool | Literal["even_top_1"] | None = Field(
         default=None,
-        description="divide the chosen scores by their sum; omitted: true for top_k > 1",
+        description="divide the chosen scores by their sum; omitted: true for top_k > 1; "
+        "even_top_1: for one, too, which leaves the router without gradient: a demo of that fault",
     )
     routed_scaling_factor: float = Field(
         default=1.0, gt=0, description="multiplies every weight, after normalization"
@@ -183,11 +184,15 @@ class MoEConfig(Section):
                 f"top_k={self.top_k} is more than n_experts={self.n_experts}; "
                 f"set top_k to at most {self.n_experts}",
             )
-        if self.normalize_top_k and self.top_k == 1 and self.n_experts > 1:
+        if self.normalize_top_k is True and self.top_k == 1 and self.n_experts > 1:
             raise FieldFault(
                 "normalize_top_k",
                 "true with top_k=1 makes every gate exactly 1, so the router gets no gradient; "
                 "set normalize_top_k to false",
+            )
+        if self.normalize_top_k == "even_top_1" and self.top_k > 1:
+            raise FieldFault(
+                "normalize_top_k", f"even_top_1 is of top_k=1, not {self.top_k}; set it to true"
             )
 
     def _check_groups(self) -> None:
@@ -265,8 +270,8 @@ class MoEConfig(Section):
 
     @property
     def normalizes(self) -> bool:
-        """Whether the chosen scores are divided by their sum (never for top-1: trap T1)."""
-        return self.top_k > 1 if self.normalize_top_k is None else self.normalize_top_k
+        """Whether the chosen scores are divided by their sum (for top-1 as a demo: trap T1)."""
+        return self.top_k > 1 if self.normalize_top_k is None else bool(self.normalize_top_k)
 
     @property
     def weights_sum_to_one(self) -> bool:

@@ -96,7 +96,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     if resolved in seen:
         chain = " -> ".join(str(p.name) for p in (*seen, resolved))
         raise UserError(f"{path}: base: these files inherit in a circle ({chain}); break it")
-    tree = _parse(text, str(path))
+    tree = parse(text, str(path))
     base = tree.values.pop("base", None)
     if base is None:
         return tree
@@ -134,6 +134,27 @@ def parse_override(text: str) -> Tree:
     for part in reversed(keys):
         values = {part: values}
     return Tree(values, {keys[: n + 1]: where for n in range(len(keys))})
+
+
+def parse(text: str, source: str) -> Tree:
+    """One file's text as it stands, without its bases; raises UserError that names `source`."""
+    try:
+        node = YAML().load(text)
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        field = str(error.problem).split('"')[1] if '"' in str(error.problem) else "a key"
+        raise UserError(f"{source}:{line}: {field}: written twice; keep one") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise UserError(f"{source}:{line}: not YAML ({error.problem}); mend this line") from None
+    except Exception as error:  # ruamel raises many kinds, for odd tags and numbers above all
+        first = str(error).splitlines()[0] if str(error) else "unreadable"
+        raise UserError(f"{source}: not YAML ({first}); mend the file") from None
+    if not isinstance(node, CommentedMap):
+        raise UserError(f"{source}: a recipe is a mapping of fields; this file holds none")
+    values = _plain(node, source)
+    return Tree(values, dict(_origins(node, source, ())))
 
 
 def validate(tree: Tree, source: str, schema: type[Checked]) -> Checked:
@@ -174,26 +195,6 @@ def _suggest_file(path: Path) -> str:
     if close:
         return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?"
     return f"; {path.parent}{os.sep} holds {', '.join(names)}" if names else ""
-
-
-def _parse(text: str, source: str) -> Tree:
-    try:
-        node = YAML().load(text)
-    except DuplicateKeyError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        field = str(error.problem).split('"')[1] if '"' in str(error.problem) else "a key"
-        raise UserError(f"{source}:{line}: {field}: written twice; keep one") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise UserError(f"{source}:{line}: not YAML ({error.problem}); mend this line") from None
-    except Exception as error:  # ruamel raises many kinds, for odd tags and numbers above all
-        first = str(error).splitlines()[0] if str(error) else "unreadable"
-        raise UserError(f"{source}: not YAML ({first}); mend the file") from None
-    if not isinstance(node, CommentedMap):
-        raise UserError(f"{source}: a recipe is a mapping of fields; this file holds none")
-    values = _plain(node, source)
-    return Tree(values, dict(_origins(node, source, ())))
 
 
 def _plain(node: Any, source: str) -> Any:

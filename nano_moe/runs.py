@@ -148,7 +148,7 @@ def describe(recipe: Recipe, *, corpus: Corpus, device: str) -> dict[str, Any]:
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         "device": device,
         "seed": recipe.seed,
         "corpus": {
@@ -317,7 +317,7 @@ def _claim_next(root: Path, stem: str) -> Path:
             number += 1
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:

@@ -22,12 +22,13 @@ LADDER = ("dense", "switch", "mixtral", "deepseek", "deepseek-v3")
 
 
 def kinds(path: Path) -> list[str]:
-    """Which of the kinds of recipe a file is: a run to train, or a published model to count."""
+    """Which of the kinds of recipe a file is: a run, a published model, or a study of runs."""
     values = set(recipe_file.read_tree(path).values)
     fields = {
         "trainable": {"model", "optim", "trainer"},
         "published": {"published", "model"},
         "count-only": {"published", "weights"},
+        "study": {"study"},
     }
     return [kind for kind, needed in fields.items() if needed <= values]
 
@@ -49,7 +50,7 @@ def load(path: Path, *overrides: str) -> Recipe:
 def test_there_are_recipes():
     assert {"base", "char", *LADDER} <= {path.stem for path in FILES}
     assert {kind for path in FILES for kind in kinds(path)} == {
-        "trainable", "published", "count-only",
+        "trainable", "published", "count-only", "study",
     }  # fmt: skip
 
 
@@ -113,8 +114,10 @@ def test_a_recipe_opens_with_its_question_and_its_command(path):
     lines = path.read_text().splitlines()
     comment = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
     assert "?" in comment
-    assert ("make train" if kinds(path) == ["trainable"] else "make count") in comment
-    if kinds(path) != ["trainable"]:
+    (kind,) = kinds(path)
+    command = {"trainable": "make train", "study": f"make reproduce STUDY={path.stem}"}
+    assert command.get(kind, "make count") in comment
+    if kind in ("published", "count-only"):
         assert f"RECIPE={path.relative_to(RECIPES.parent)}\n" in comment + "\n"
 
 
@@ -138,9 +141,9 @@ def test_a_pair_differs_only_by_its_moe_block_the_absorbing_width_and_tuned_rate
 
 
 def test_every_field_a_recipe_sets_carries_its_reason():
-    """A listed weight's reason is its `source`, which the schema demands."""
+    """A listed weight's reason is its `source`, a study's is its claim: the schema demands both."""
     named = {"base", "name", "source", "note", "rumour"}
-    for path in FILES:
+    for path in (path for path in FILES if kinds(path) != ["study"]):
         for line in path.read_text().partition("\nweights:")[0].splitlines():
             key, _, rest = line.partition(":")
             is_setting = rest.strip() and not line.lstrip().startswith("#")

@@ -1,0 +1,123 @@
+"""`study run|verify|report`: published claims, tested by runs and read by rules set before."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from nano_moe.cli.arguments import add_json
+from nano_moe.cli.output import figure, print_json, print_table
+from nano_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from nano_moe.studies.library import Found
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("run", "verify", "report"))
+    parser.add_argument("study", metavar="STUDY", nargs="*", help="its name; omitted: every study")
+    parser.add_argument(
+        "--tier",
+        choices=("full", "smoke"),
+        default="full",
+        help="smoke: models of a few weights, in seconds; verdicts are withheld",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="trainings side by side, of one thread each; omitted: one a core",
+    )
+    parser.add_argument("--seed", type=int, help="verify: draws the run; omitted: any")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from nano_moe.studies import library
+
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: at least 1")
+    if args.action == "report":
+        return _report(args)
+    chosen = [library.find(name) for name in args.study] or library.everything()
+    if not chosen:
+        raise UserError(f"{library.STUDIES}: holds no study")
+    act = _verify if args.action == "verify" else _smoke if args.tier == "smoke" else _run
+    statuses = [act(found, args) for found in chosen]
+    if args.action == "run" and args.tier == "full":
+        _report(args)
+    return max(statuses)
+
+
+def _run(found: Found, args: argparse.Namespace) -> int:
+    from nano_moe.studies import library
+
+    try:
+        outcome = library.run(found, workers=args.workers)
+    except KeyboardInterrupt:
+        print(f"go on with: make reproduce STUDY={found.name}", file=sys.stderr)
+        raise
+    for name, fault in outcome.failed.items():
+        print(f"error: {found.name}: {name}: {fault}", file=sys.stderr)
+    if outcome.results is None:
+        print(f"{found.name}: no verdict while runs are missing", file=sys.stderr)
+        return 1
+    _print(outcome.results, args)
+    return 0
+
+
+def _smoke(found: Found, args: argparse.Namespace) -> int:
+    from nano_moe.studies import library
+
+    _print(library.smoke(found), args)
+    return 0
+
+
+def _verify(found: Found, args: argparse.Namespace) -> int:
+    from nano_moe.studies import library
+
+    outcome = library.verify(found, args.seed)
+    if args.json:
+        print_json(outcome)
+    else:
+        how = "to the bit" if outcome["same_machine"] else "on another machine"
+        says = "holds" if outcome["holds"] else "DOES NOT HOLD"
+        print(
+            f"{found.name}: {outcome['run']}: {outcome['stored']} stored, {outcome['again']} "
+            f"again, {how}: {says}"
+        )
+    return 0 if outcome["holds"] else 1
+
+
+def _report(args: argparse.Namespace) -> int:
+    from nano_moe.studies import report
+
+    for path in report.write():
+        print(path, file=sys.stderr)
+    return 0
+
+
+def _print(content: dict[str, Any], args: argparse.Namespace) -> None:
+    if args.json:
+        print_json(content)
+        return
+    if "grid" in content:
+        grid = content["grid"]
+        rows = [
+            (name, *(figure(ce) for ce in row["ce"].values()), f"{row['best']:g}")
+            for name, row in grid["members"].items()
+        ]
+        values = list(next(iter(grid["members"].values()))["ce"])
+        print_table(content["study"], (grid["field"], *values, "best"), rows)
+        return
+    rows = [
+        (
+            one["says"],
+            figure(one["mean"]),
+            f"{figure(one['low'])} to {figure(one['high'])}",
+            str(one["n"]),
+            one["verdict"],
+        )
+        for one in content["comparisons"]
+    ]
+    print_table(content["study"], ("claim", "gain", "95 %", "n", "verdict"), rows)

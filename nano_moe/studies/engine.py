@@ -1,0 +1,259 @@
+"""Runs what a study plans and no run twice: cached by key, resumed where stopped, side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from nano_moe import recipe_file, runs
+from nano_moe.accounting import count
+from nano_moe.bench.machine import n_cores
+from nano_moe.device import check_memory, choose_device
+from nano_moe.errors import UserError
+from nano_moe.studies.keys import run_key
+from nano_moe.studies.plan import Planned
+from nano_moe.studies.worker import Job, work
+from nano_moe.text.store import prepare
+
+ROOT = runs.ROOT / "studies"
+TRAIN_THREADS = 1  # two runs of one thread are ahead of one of two, and the same on any machine
+LOG = "worker.log"
+POLL = 0.5  # seconds
+
+
+@dataclass(frozen=True)
+class Task:
+    """A planned run and the job that does it."""
+
+    planned: Planned
+    job: Job
+
+    @property
+    def name(self) -> str:
+        return f"{self.planned.member}, seed {self.planned.seed}"
+
+    @property
+    def cost(self) -> int:
+        """Training FLOPs, for the share that is done."""
+        recipe = self.planned.recipe
+        steps = 1 if self.job.measure else recipe.trainer.steps
+        return steps * recipe.tokens_per_step * count(recipe).train_flops_per_token
+
+    def spent(self) -> float:
+        """Share of the steps that are done."""
+        if self.job.result.is_file():
+            return 1.0
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            last = self.job.run.metrics_file.read_text(encoding="utf-8").splitlines()[-1]
+            return min(int(last.split(",")[0]) / self.planned.recipe.trainer.steps, 1.0)
+        return 0.0
+
+
+def tasks(planned: Sequence[Planned], root: Path = ROOT, *, smoke: bool = False) -> list[Task]:
+    """The jobs of a plan; members that resolve to one recipe share one. Prepares the text.
+
+    Raises UserError where a run would not fit into memory or its text cannot be prepared.
+    """
+    corpora: dict[str, str] = {}
+    folders: dict[str, Path] = {}
+    found = []
+    for one in planned:
+        recipe = one.recipe
+        check_memory(recipe)
+        corpus = None
+        if not one.measure:
+            model, text = recipe.model, recipe.data.model_dump_json()
+            asked = f"{text} {model.vocab_size} {model.context}"
+            if asked not in corpora:
+                corpora[asked] = prepare(recipe.data, model.vocab_size, model.context).sha256
+            corpus = corpora[asked]
+        threads = n_cores() if one.measure and not smoke else TRAIN_THREADS
+        key = run_key(recipe, corpus, threads, measure=one.measure)
+        if key not in folders:  # the same run may lie there under another recipe's name
+            lies = next(root.glob(f"*-{key}"), None)
+            folders[key] = lies or root / f"{one.stem}-{recipe.seed}-{key}"
+        found.append(Task(one, Job(str(folders[key]), key, threads, one.measure)))
+    return found
+
+
+def read_result(job: Job) -> dict[str, Any]:
+    """The figures of a finished job; raises UserError where they are damaged."""
+    found = runs.read_json(job.result)
+    if found.get("key") != job.key:
+        raise UserError(f"{job.result}: of another run; delete {job.folder} and run again")
+    return found
+
+
+def run_all(study: str, todo: Sequence[Task], *, workers: int | None = None) -> dict[str, str]:
+    """Do every task that has no result yet; the faults of those that failed, by the run's name.
+
+    Trainings go side by side, measurements one by one after them. Raises KeyboardInterrupt after
+    Ctrl-C or SIGTERM, when all workers have stopped with a checkpoint.
+    """
+    distinct = {task.job.folder: task for task in todo}
+    waiting = [task for task in distinct.values() if not task.job.result.is_file()]
+    trainings = [task for task in waiting if not task.job.measure]
+    measured = [task for task in waiting if task.job.measure]
+    failed: dict[str, str] = {}
+    with _alone(), _Progress(study, list(distinct.values())) as progress, _stoppable():
+        for group, at_once in ((trainings, workers or _workers(trainings)), (measured, 1)):
+            failed |= _side_by_side(group, at_once, progress)
+    return failed
+
+
+def run_here(todo: Sequence[Task]) -> None:
+    """The same in this process, one after the other: for runs of seconds."""
+    for task in todo:
+        if not task.job.result.is_file():
+            _claim(task)
+            work(task.job)
+
+
+def _workers(todo: Sequence[Task]) -> int:
+    on_gpu = any(choose_device(task.planned.recipe).type == "cuda" for task in todo)
+    return 1 if on_gpu else max(1, n_cores() // TRAIN_THREADS)
+
+
+def _side_by_side(todo: Sequence[Task], at_once: int, progress: _Progress) -> dict[str, str]:
+    waiting, running = list(todo), dict[Task, subprocess.Popen[bytes]]()
+    failed: dict[str, str] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                task = waiting.pop(0)
+                running[task] = _start(task)
+            time.sleep(POLL)
+            for task, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[task]
+                    if not task.job.result.is_file():
+                        failed[task.name] = _fault(task, process.returncode)
+            progress.update([task.name for task in running])
+    finally:
+        _stop(running.values())
+    return failed
+
+
+def _start(task: Task) -> subprocess.Popen[bytes]:
+    _claim(task)
+    threads = str(task.job.threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+    command = [sys.executable, "-m", "nano_moe.studies.worker"]
+    with open(Path(task.job.folder) / LOG, "ab") as log:
+        return subprocess.Popen(
+            [*command, json.dumps(dataclasses.asdict(task.job))],
+            stdin=subprocess.PIPE,  # held open: the worker stops when we are gone
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is ours to pass on
+        )
+
+
+def _claim(task: Task) -> None:
+    """Make the run's folder; one that a killed run left without a checkpoint is begun anew."""
+    folder = Path(task.job.folder)
+    if folder.exists() and not task.job.run.last.is_file():
+        shutil.rmtree(folder)
+    if not folder.exists():
+        runs.create(
+            task.planned.recipe, stem=task.planned.stem, name=folder.name, root=folder.parent
+        )
+    written = recipe_file.load(task.job.run.recipe_file)
+    if written != task.planned.recipe:
+        raise UserError(
+            f"{task.job.run.recipe_file}: was changed since the study wrote it; delete {folder}"
+        )
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]] | Any) -> None:
+    """Let every worker end its step and save, then wait for all."""
+    left = [process for process in processes if process.poll() is None]
+    for process in left:
+        process.terminate()
+    for process in left:
+        process.wait()
+
+
+def _fault(task: Task, status: int) -> str:
+    """The last line that the worker wrote, and where the others are."""
+    log = Path(task.job.folder) / LOG
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = lines[-1].removeprefix("error: ")[:300] if lines else f"exit status {status}"
+    if status < 0:
+        said = f"killed by {signal.Signals(-status).name}; it goes on where it stopped"
+    return f"{said} ({log})"
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Raises UserError where another study runs in this folder: they would share runs."""
+    ROOT.mkdir(parents=True, exist_ok=True)
+    with open(ROOT / ".lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{ROOT}: another study is running here; wait for its end") from None
+        yield
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends the study as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Progress:
+    """One line on stderr: the study, runs done of all, what is running, time left."""
+
+    def __init__(self, study: str, all_tasks: Sequence[Task]):
+        self.study, self.tasks = study, all_tasks
+        self.total = sum(task.cost for task in all_tasks)
+
+    def __enter__(self) -> _Progress:
+        self.bar = tqdm(
+            total=self.total,
+            initial=self._done(),
+            desc=self.study,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left {postfix}",
+            dynamic_ncols=True,
+            miniters=0,
+            mininterval=POLL if sys.stderr.isatty() else 60,  # a log file needs few lines
+        )
+        self.update([])
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def update(self, running: Sequence[str]) -> None:
+        finished = sum(task.job.result.is_file() for task in self.tasks)
+        names = f": {' | '.join(running)}" if running else ""
+        self.bar.set_postfix_str(f"run {finished} of {len(self.tasks)} done{names}", refresh=False)
+        self.bar.update(self._done() - self.bar.n)
+
+    def _done(self) -> float:
+        return sum(task.cost * task.spent() for task in self.tasks)

@@ -1,0 +1,179 @@
+"""One figure per study, from its results alone: the gains, and beside them what they came from.
+
+Colours of Okabe and Ito, told apart by colour-blind eyes; line styles and markers tell them apart
+in grey.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.style import context
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "//", "..")
+WIDTH, ROW, DPI = 9.0, 0.65, 100  # inches, and dots per inch
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+UNITS = {
+    "ce": "nats per token",
+    "bpb": "bits per byte",
+    "max_vio": "MaxVio",
+    "max_share": "share of assignments",
+    "dead_experts": "experts",
+    "load_entropy": "load entropy",
+    "memory_gb": "GB",
+    "train_ms_per_token": "ms per token",
+    "decode_ms_per_token": "ms per token",
+}
+
+
+def draw(content: Mapping[str, Any], kind: str) -> bytes:
+    """A study's figure as PNG, `kind` being the study's `figure`."""
+    panel = PANELS[kind]
+    out = io.BytesIO()
+    with context(STYLE):
+        if kind == "grid":
+            figure = Figure(figsize=(WIDTH * 0.6, 3.2), layout="constrained")
+            panel(figure.subplots(), content)
+        else:
+            size = (WIDTH, max(3.0, 1.2 + ROW * len(content["comparisons"])))
+            figure = Figure(figsize=size, layout="constrained")
+            left, right = figure.subplots(1, 2)
+            _gains(left, content["comparisons"])
+            panel(right, content)
+        figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
+    return out.getvalue()
+
+
+def _gains(axes: Axes, comparisons: Sequence[Mapping[str, Any]]) -> None:
+    """A row per comparison: its mean and interval in units of the smallest effect claimed."""
+    for row, one in enumerate(reversed(comparisons)):
+        effect = one["smallest_effect"]
+        effect = math.log1p(effect) if one["relative"] else effect
+        mean = one["mean"] / effect
+        low, high = (mean if one[b] is None else one[b] / effect for b in ("low", "high"))
+        axes.plot([low, high], [row, row], color=COLOURS[0], lw=2)
+        axes.plot([mean], [row], "o", color=COLOURS[0])
+    labels = [_wrapped(one["says"]) for one in reversed(comparisons)]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(-0.6, len(labels) - 0.4)
+    axes.axvline(0, color="0.5", lw=1)
+    axes.axvspan(-1, 1, color="0.9", lw=0)
+    axes.set_xlabel("gain over the smallest effect claimed (95 % interval; grey: smaller)")
+
+
+def _wrapped(text: str, width: int = 34) -> str:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return "\n".join(lines)
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "ls": STYLES[number % len(STYLES)], "lw": 1.5}
+
+
+def _curves(axes: Axes, content: Mapping[str, Any]) -> None:
+    """Training loss of tokens not seen before, a band per member; the first tenth is left out."""
+    for number, (member, band) in enumerate(content["curves"].items()):
+        start = len(band["at"]) // 10
+        tokens = [at / 1e6 for at in band["at"]][start:]
+        axes.plot(tokens, band["mean"][start:], label=member, **_look(number))
+        axes.fill_between(
+            tokens, band["low"][start:], band["high"][start:],
+            color=COLOURS[number % len(COLOURS)], alpha=0.15, lw=0,
+        )  # fmt: skip
+    axes.set_xlabel("million tokens")
+    axes.set_ylabel("training cross-entropy, nats per token")
+    axes.legend()
+
+
+def _flops(axes: Axes, content: Mapping[str, Any]) -> None:
+    """Final validation loss over training FLOPs, a marker per run."""
+    for number, (member, cost) in enumerate(content["members"].items()):
+        losses = _of_member(content, member, "ce")
+        petaflops = [cost["train_flops"] / 1e15] * len(losses)
+        axes.plot(
+            petaflops, losses, MARKERS[number % len(MARKERS)], label=member,
+            color=COLOURS[number % len(COLOURS)], ms=5, mfc="none",
+        )  # fmt: skip
+    axes.set_xlabel("training PFLOPs")
+    axes.set_ylabel("validation cross-entropy, nats per token")
+    axes.legend()
+
+
+def _balance(axes: Axes, content: Mapping[str, Any]) -> None:
+    """MaxVio of the layer that ends worst, over steps."""
+    for number, (member, figures) in enumerate(content["balance"].items()):
+        layers = figures["max_vio"]
+        layer = max(layers, key=lambda name: layers[name]["mean"][-1])
+        band = layers[layer]
+        axes.plot(band["at"], band["mean"], label=f"{member} (layer {layer})", **_look(number))
+        axes.fill_between(
+            band["at"], band["low"], band["high"],
+            color=COLOURS[number % len(COLOURS)], alpha=0.15, lw=0,
+        )  # fmt: skip
+    axes.set_xlabel("step")
+    axes.set_ylabel("MaxVio (busiest expert over mean, minus 1)")
+    axes.legend()
+
+
+def _memory(axes: Axes, content: Mapping[str, Any]) -> None:
+    """What measured members hold and take, over the first of them."""
+    figures = ("memory_gb", "train_ms_per_token", "decode_ms_per_token")
+    members = [
+        name for name in content["members"] if _of_member(content, name, "train_ms_per_token")
+    ]
+    for number, member in enumerate(members):
+        medians = [statistics.median(_of_member(content, member, figure)) for figure in figures]
+        base = [statistics.median(_of_member(content, members[0], figure)) for figure in figures]
+        at = [place + (number - (len(members) - 1) / 2) * 0.26 for place in range(len(figures))]
+        axes.bar(
+            at, [m / b for m, b in zip(medians, base, strict=True)], 0.24, label=member,
+            color=COLOURS[number % len(COLOURS)], edgecolor="black", hatch=HATCHES[number % 3],
+        )  # fmt: skip
+    axes.set_xticks(range(3), ["memory in training", "time to train", "time to decode"])
+    axes.set_ylabel(f"times {members[0]}")
+    axes.legend()
+
+
+def _of_member(content: Mapping[str, Any], member: str, figure: str) -> list[float]:
+    return [run[figure] for run in content["runs"] if run["member"] == member and figure in run]
+
+
+def _grid(axes: Axes, content: Mapping[str, Any]) -> None:
+    """Final validation loss over the values, a line per member."""
+    for number, (member, row) in enumerate(content["grid"]["members"].items()):
+        values = [float(value) for value in row["ce"]]
+        marker = MARKERS[number % len(MARKERS)]
+        axes.plot(
+            values, list(row["ce"].values()), marker=marker, ms=4, label=member, **_look(number)
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel(content["grid"]["field"])
+    axes.set_ylabel("validation cross-entropy, nats per token")
+    axes.legend()
+
+
+PANELS: dict[str, Callable[[Axes, Mapping[str, Any]], None]] = {
+    "curves": _curves,
+    "flops": _flops,
+    "balance": _balance,
+    "memory": _memory,
+    "grid": _grid,
+}

@@ -1,0 +1,154 @@
+"""The studies of recipes/studies/: found by name, run, checked again, reported."""
+
+from __future__ import annotations
+
+import difflib
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nano_moe.bench.recipes import FOLDER, QUICK, text_folder
+from nano_moe.errors import UserError
+from nano_moe.runs import write_json
+from nano_moe.studies import clock, engine, results
+from nano_moe.studies.plan import Planned, check_fair, plan
+from nano_moe.studies.schema import Study, Value, load
+
+STUDIES = FOLDER / "studies"
+FULL: dict[str, Value] = {
+    "trainer.val_every": 1_000_000,  # the end alone: what is trained on is not seen twice
+    "trainer.save_every": 100,  # at most a minute of work is lost
+}
+ELSEWHERE = 0.02  # nats that rounding on another machine may move a grid's run
+SMOKE_WORDS, SMOKE_SEEDS = 5_000, 2
+
+
+class Found(NamedTuple):
+    """A study and where it lies."""
+
+    name: str
+    path: Path
+    study: Study
+
+    @property
+    def results(self) -> Path:
+        return self.path.parent / "results" / f"{self.name}.json"
+
+
+class Outcome(NamedTuple):
+    """What a run of a study came to: results, or the faults of the runs that failed."""
+
+    results: dict[str, Any] | None
+    failed: dict[str, str]
+
+
+def find(name: str, folder: Path = STUDIES) -> Found:
+    """The study of that name; raises UserError with near names."""
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in folder.glob("*.yaml"))
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+        raise UserError(f"study '{name}': no file {path}; {known}")
+    return Found(name, path, load(path))
+
+
+def everything(folder: Path = STUDIES) -> list[Found]:
+    """All studies in the order in which a reader would ask."""
+    found = [find(path.stem, folder) for path in sorted(folder.glob("*.yaml"))]
+    return sorted(found, key=lambda one: (one.study.order, one.name))
+
+
+def run(found: Found, *, workers: int | None = None) -> Outcome:
+    """Do what is left of a study and write its results file; none while runs are missing."""
+    planned = plan(found.path, found.study, FULL)
+    check_fair(found.path, found.study, planned)
+    todo = engine.tasks(planned)
+    failed = engine.run_all(found.name, todo, workers=workers)
+    if failed:
+        return Outcome(None, failed)
+    content = results.collect(found.name, found.path, found.study, todo, smoke=False)
+    if found.study.step_times:
+        content["step_times"] = clock.step_times(found.study, planned)
+    found.results.parent.mkdir(exist_ok=True)
+    write_json(found.results, content)
+    return Outcome(content, {})
+
+
+def smoke(found: Found, root: Path = engine.ROOT / "smoke") -> dict[str, Any]:
+    """The same on models of a few weights and a made-up text, in this process; no verdicts."""
+    few = found.study.model_copy(update={"seeds": found.study.seeds[:SMOKE_SEEDS]})
+    threads = torch.get_num_threads()
+    with text_folder(SMOKE_WORDS) as (_, text):
+        check_fair(found.path, few, plan(found.path, few, FULL))
+        planned = plan(found.path, few, {**FULL, **_small(text)})
+        todo = engine.tasks(planned, root, smoke=True)
+        try:
+            engine.run_here(todo)
+        finally:
+            torch.set_num_threads(threads)
+    content = results.collect(found.name, found.path, few, todo, smoke=True)
+    write_json(root / f"{found.name}.json", content)
+    return content
+
+
+def _small(text: Sequence[str]) -> dict[str, Value]:
+    steps = ("trainer.steps=3", "trainer.log_every=1", "optim.warmup_steps=0")
+    fields = (field.partition("=") for field in (*QUICK, *text, *steps))
+    widths = "model.d_ff"  # what members differ in, and small at this d_model
+    return {key: _plain(value) for key, _, value in fields if key != widths}
+
+
+def _plain(value: str) -> Value:
+    return int(value) if value.isdecimal() else value.strip('"')
+
+
+def verify(found: Found, seed: int | None = None) -> dict[str, Any]:
+    """Train one run of a study's results again, drawn at random, and compare its loss.
+
+    Equal to the bit where the machine is the same, else within the smallest effect claimed. Raises
+    UserError where the results are of other recipes, text, sources or threads than are here now.
+    """
+    stored = results.read(found.results)
+    planned = plan(found.path, found.study, FULL)
+    todo = [task for task in engine.tasks(planned) if not task.job.measure]
+    task = random.Random(seed).choice(todo)
+    before = _stored_run(stored, task.planned, found)
+    if before["key"] != task.job.key:
+        raise UserError(
+            f"{found.results}: {task.name} has key {before['key']} there and {task.job.key} here: "
+            f"recipe, text, sources or threads changed; run: make reproduce STUDY={found.name}"
+        )
+    root = engine.ROOT / "verify"
+    again = engine.tasks([task.planned], root)
+    shutil.rmtree(again[0].job.folder, ignore_errors=True)
+    failed = engine.run_all(f"verify {found.name}", again)
+    if failed:
+        raise UserError(f"{task.name}: {failed[task.name]}")
+    after = engine.read_result(again[0].job)
+    shutil.rmtree(again[0].job.folder)
+    same = after["machine"]["cpu"] == before["machine"]
+    effects = [one.smallest_effect for one in found.study.comparisons]
+    within = 0.0 if same else min(effects, default=ELSEWHERE)
+    return {
+        "study": found.name,
+        "run": task.name,
+        "stored": before["ce"],
+        "again": after["ce"],
+        "same_machine": same,
+        "holds": abs(after["ce"] - before["ce"]) <= within,
+    }
+
+
+def _stored_run(stored: dict[str, Any], planned: Planned, found: Found) -> dict[str, Any]:
+    for run in stored["runs"]:
+        if (run["member"], run["seed"]) == (planned.member, planned.seed):
+            return run
+    raise UserError(
+        f"{found.results}: has no {planned.member}, seed {planned.seed}; run: "
+        f"make reproduce STUDY={found.name}"
+    )

@@ -1,0 +1,126 @@
+"""From a study file to its runs, and whether they hold equal what the rule says is equal."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from nano_moe import recipe_file
+from nano_moe.accounting import count, params_by_kind, weight_groups
+from nano_moe.config import SEES_THE_FUTURE, Recipe
+from nano_moe.errors import UserError
+from nano_moe.studies.schema import Comparison, Equal, Member, Study, Value
+
+FLOPS_WITHIN = 0.003  # what the routers of a few experts cost
+TIME_WITHIN = 0.02
+FFN_KINDS = ("ffn", "experts", "shared_experts")
+
+
+class Planned(NamedTuple):
+    """One run of a study."""
+
+    member: str
+    seed: int
+    recipe: Recipe
+    stem: str  # of its recipe file
+    measure: bool
+
+
+def plan(path: Path, study: Study, extra: Mapping[str, Value] | None = None) -> list[Planned]:
+    """Every run, members of a seed beside each other; `extra` fields win over the members' own.
+
+    Raises UserError where a member's recipe is missing or at fault, or sees the future: its loss is
+    none (trap T13). A member of a grid is one run per value, named `member @ value`.
+    """
+    return [
+        _planned(path, name, member, seed, {**fields, **(extra or {})})
+        for seed in study.seeds
+        for name, member, fields in _expanded(study)
+    ]
+
+
+def _expanded(study: Study) -> list[tuple[str, Member, dict[str, Value]]]:
+    if study.grid is None:
+        return [
+            (name, member, {**study.fields, **member.fields})
+            for name, member in study.members.items()
+        ]
+    return [
+        (at(name, value), member, {**study.fields, **member.fields, study.grid.field: value})
+        for name, member in study.members.items()
+        for value in study.grid.values
+    ]
+
+
+def at(member: str, value: float) -> str:
+    """The name of a grid's run."""
+    return f"{member} @ {value:g}"
+
+
+def _planned(
+    path: Path, name: str, member: Member, seed: int, fields: Mapping[str, Value]
+) -> Planned:
+    overrides = [f"{key}={json.dumps(value)}" for key, value in {**fields, "seed": seed}.items()]
+    where = f"{path}: study.members.{name}"
+    file = path.parent / member.recipe
+    try:
+        recipe = recipe_file.load(file, overrides)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not recipe.model.is_causal:
+        raise UserError(f"{where}: {SEES_THE_FUTURE}; leave it out")
+    return Planned(name, seed, recipe, file.stem, member.measure)
+
+
+def check_fair(path: Path, study: Study, planned: list[Planned]) -> None:
+    """Raises UserError where members are not equal in what their comparison says (trap T19)."""
+    recipes = {one.member: one.recipe for one in planned}
+    for number, comparison in enumerate(study.comparisons):
+        for what in comparison.equal:
+            better, than = (_amount(what, study, side, recipes) for side in _sides(comparison))
+            within = {"flops": FLOPS_WITHIN, "time": TIME_WITHIN}.get(what, 0.0)
+            if not math.isclose(better, than, rel_tol=within, abs_tol=0):
+                raise UserError(
+                    f"{path}: study.comparisons.{number}.equal: {what}: {comparison.better} has "
+                    f"{better:,.0f} and {comparison.than} {than:,.0f}; make them equal, or do "
+                    "not claim it"
+                )
+
+
+def _sides(comparison: Comparison) -> tuple[str, str]:
+    return comparison.better, comparison.than
+
+
+def _amount(what: Equal, study: Study, member: str, recipes: Mapping[str, Recipe]) -> float:
+    recipe = recipes[member]
+    tokens = recipe.trainer.steps * recipe.tokens_per_step
+    if what == "tokens":
+        return tokens
+    if what == "flops":
+        return tokens * count(recipe).train_flops_per_token
+    if what == "time":
+        if member not in study.step_times:
+            raise UserError(f"study.step_times: has none of {member}; measure it with bench step")
+        return recipe.trainer.steps * study.step_times[member]
+    if what == "active":
+        return ffn_params(recipe).active
+    if what == "total":
+        return ffn_params(recipe).total
+    return 0  # seeds are equal by plan
+
+
+class FFNParams(NamedTuple):
+    """Weights of FFN or experts, shared ones included, routers not."""
+
+    total: int
+    active: int
+
+
+def ffn_params(recipe: Recipe) -> FFNParams:
+    """FFN and expert weights of all layers, stored and met by one token."""
+    groups = list(weight_groups(recipe.model))
+    stored, met = (params_by_kind(groups, active=active) for active in (False, True))
+    return FFNParams(*(sum(kinds.get(kind, 0) for kind in FFN_KINDS) for kinds in (stored, met)))

@@ -1,0 +1,113 @@
+"""The studies of this repository: each runs in small, and results, rules and README agree."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from nano_moe import recipe_file
+from nano_moe.studies import library, plan, report, results
+
+STUDIES = library.everything()
+FINISHED = [one for one in STUDIES if one.results.is_file()]
+by_name = pytest.mark.parametrize("found", STUDIES, ids=lambda one: one.name)
+finished = pytest.mark.parametrize("found", FINISHED, ids=lambda one: one.name)
+has_results = pytest.mark.skipif(not FINISHED, reason="no study has been run yet")
+README = report.README.read_text(encoding="utf-8")
+
+
+def test_the_first_studies_are_there():
+    assert {one.name for one in STUDIES} >= {
+        "sparse-vs-dense", "ladder", "top-k", "collapse", "dead-router", "memory-vs-compute",
+    }  # fmt: skip
+    assert len({one.study.order for one in STUDIES}) == len(STUDIES)
+
+
+@by_name
+def test_a_study_is_fair_and_its_runs_are_of_one_budget(found):
+    planned = plan.plan(found.path, found.study, library.FULL)
+    plan.check_fair(found.path, found.study, planned)
+    trained = [one for one in planned if not one.measure]
+    assert len({one.recipe.tokens_per_step for one in trained}) == 1
+    assert max(one.recipe.trainer.steps for one in trained) == 500
+
+
+@by_name
+def test_a_study_runs_in_small_and_withholds_its_verdicts(found, tmp_path):
+    content = library.smoke(found, tmp_path)
+    assert content == json.loads((tmp_path / f"{found.name}.json").read_text())
+    verdicts = {one["verdict"] for one in content.get("comparisons", [])}
+    assert verdicts <= {results.WITHHELD}
+    assert report._section(found, content) and report.draw(content, found.study.figure)
+
+
+@has_results
+@by_name
+def test_a_member_takes_the_best_rate_of_its_class(found):
+    grid = results.read(library.find("learning-rates").results)["grid"]["members"]
+    for one in plan.plan(found.path, found.study):
+        member = found.study.members.get(one.member)
+        if member is not None and member.tuned_as is not None:
+            assert one.recipe.optim.lr == grid[member.tuned_as]["best"], one.member
+
+
+@finished
+def test_results_are_of_the_rule_that_the_file_states(found):
+    content = results.read(found.results)
+    assert content["rule"] == found.study.rule
+    shallow = subprocess.run(
+        ["git", "rev-parse", "--is-shallow-repository"],
+        cwd=found.path.parent, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    if shallow != "false":
+        pytest.skip("no history here to look the rule up in")
+    assert content["rule_commit"] == results.introduced(found.path, found.study.rule)
+
+
+@finished
+def test_results_have_every_run_and_no_optimum_at_an_edge(found):
+    content = results.read(found.results)
+    assert content["tier"] == "full"
+    runs = {(run["member"], run["seed"]) for run in content["runs"]}
+    planned = {(one.member, one.seed) for one in plan.plan(found.path, found.study)}
+    assert runs == planned
+    edges = [
+        name for name, row in content.get("grid", {}).get("members", {}).items() if row["at_edge"]
+    ]
+    assert edges == []
+
+
+@finished
+def test_runs_of_a_seed_saw_the_same_text(found):
+    content = results.read(found.results)
+    assert len({run["corpus"] for run in content["runs"] if "corpus" in run}) == 1
+
+
+@has_results
+def test_readme_and_report_say_what_the_results_say():
+    found = [(one, results.read(one.results)) for one in FINISHED]
+    block = README.split(report.BEGIN)[1].split(report.END)[0]
+    assert block == "\n" + report.readme_block(found)
+    document = library.STUDIES / "results" / "RESULTS.md"
+    sections = [report._section(one, content) for one, content in found]
+    assert document.read_text(encoding="utf-8") == "\n".join([report.HEAD, *sections])
+    for one in FINISHED:
+        assert one.results.with_suffix(".png").is_file()
+
+
+@has_results
+def test_every_anchor_of_the_readme_is_a_heading():
+    text = (library.STUDIES / "results" / "RESULTS.md").read_text(encoding="utf-8")
+    headings = {report.anchor(line[3:]) for line in text.splitlines() if line.startswith("## ")}
+    block = README.split(report.BEGIN)[1].split(report.END)[0]
+    named = {part.split(")")[0] for part in block.split("RESULTS.md#")[1:]}
+    assert named and named <= headings
+
+
+def test_a_resolved_recipe_of_a_study_trains_alone(tmp_path):
+    one = plan.plan(STUDIES[0].path, STUDIES[0].study, library.FULL)[0]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_file.dump(one.recipe))
+    assert recipe_file.load(path) == one.recipe

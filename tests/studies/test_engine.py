@@ -1,0 +1,182 @@
+"""Runs are cached, resumed and repeated to the bit; a fault costs one run and not the others."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from nano_moe.errors import UserError
+from nano_moe.studies import engine, keys, plan, results, schema
+
+MEASURED = ("created", "seconds", "memory_gb", "machine")
+
+
+@pytest.fixture
+def todo(written, small, tmp_path, monkeypatch):
+    """todo(**fields) -> the tasks of the study, in a folder of the test's own."""
+    monkeypatch.setattr(engine, "ROOT", tmp_path / "studies")
+
+    def make(**fields):
+        path = written()
+        extra = {**small, **{name.replace("__", "."): value for name, value in fields.items()}}
+        return engine.tasks(plan.plan(path, schema.load(path), extra), engine.ROOT)
+
+    return make
+
+
+def figures(task):
+    return {k: v for k, v in engine.read_result(task.job).items() if k not in MEASURED}
+
+
+def test_finished_runs_are_not_run_again_and_one_recipe_is_one_run(todo, monkeypatch):
+    first = todo()
+    engine.run_here(first)
+    assert len({task.job.folder for task in first}) == 4
+    monkeypatch.setattr(engine, "work", lambda job: pytest.fail("trained again"))
+    engine.run_here(todo())
+    assert (
+        len({task.job.folder for task in todo(model__d_ff=32, model__moe=None, optim__lr=1)}) == 2
+    )
+
+
+@pytest.mark.slow
+def test_a_study_killed_half_way_ends_with_equal_figures(todo, tmp_path):
+    steps = {"trainer__steps": 60, "trainer__save_every": 5}
+    whole = todo(**steps)
+    assert engine.run_all("whole", whole, workers=1) == {}
+    expected = [figures(task) for task in whole]
+    root = tmp_path / "again"
+    again = [
+        engine.Task(t.planned, replace(t.job, folder=str(root / os.path.basename(t.job.folder))))
+        for t in whole
+    ]  # fmt: skip
+    process = engine._start(again[0])
+    while not again[0].job.run.last.is_file():
+        time.sleep(0.01)
+        assert process.poll() is None, "ended before it could be killed"
+    process.kill()
+    process.wait()
+    assert 0 < again[0].spent() < 1
+    assert engine.run_all("again", again, workers=2) == {}
+    assert [figures(task) for task in again] == expected
+
+
+def test_a_worker_stops_with_a_checkpoint_when_its_parent_is_gone(todo):
+    task = todo(trainer__steps=100_000, trainer__save_every=100_000)[0]
+    process = engine._start(task)
+    while task.spent() == 0:
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert task.job.run.last.is_file() and not task.job.result.is_file()
+
+
+def test_a_failed_run_is_reported_and_the_others_are_kept(todo):
+    tasks = todo()
+    broken = engine.Path(tasks[0].job.folder)
+    broken.mkdir(parents=True)
+    (broken / "recipe.yaml").write_text("seed: 1\n")
+    (broken / "last.ckpt").write_text("cut")
+    with pytest.raises(UserError, match="recipe.yaml"):
+        engine.run_all("study", tasks[:1])
+    (broken / "recipe.yaml").unlink()
+    engine.shutil.rmtree(broken)
+    engine._claim(tasks[0])
+    tasks[0].job.run.last.write_text("cut")
+    failed = engine.run_all("study", tasks, workers=2)
+    assert list(failed) == ["dense, seed 1"] and "manifest.json" in failed["dense, seed 1"]
+    assert [task.job.result.is_file() for task in tasks] == [False, True, True, True]
+
+
+def test_two_studies_at_once_are_refused(todo):
+    todo()
+    with engine._alone(), pytest.raises(UserError, match="another study is running"):
+        with engine._alone():
+            pass
+
+
+def test_a_damaged_result_is_named(todo):
+    task = todo()[0]
+    os.makedirs(task.job.folder)
+    for text in ("{", json.dumps({"key": "another"})):
+        task.job.result.write_text(text)
+        with pytest.raises(UserError, match="result.json"):
+            engine.read_result(task.job)
+
+
+def test_a_key_is_of_what_decides_the_weights(todo, monkeypatch):
+    recipe = todo()[0].planned.recipe
+
+    def key(recipe=recipe, corpus="text", threads=1):
+        return keys.run_key(recipe, corpus, threads)
+
+    moved = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"cache": "elsewhere"})}
+    )
+    assert key(moved) == key()
+    others = [
+        key(recipe.model_copy(update={"seed": 99})),
+        key(corpus="other text"),
+        key(threads=2),
+    ]
+    monkeypatch.setattr(keys, "sources", lambda: "edited")
+    assert len({key(), *others, keys.run_key(recipe, "text", 1, measure=True)}) == 5
+    assert key() not in others
+
+
+def test_sources_are_the_rooms_that_decide_weights(tmp_path, monkeypatch):
+    for room in ("model", "training", "text", "cli"):
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "a.py").write_text(f"# {room}")
+    monkeypatch.setattr(keys, "PACKAGE", tmp_path)
+
+    def now():
+        keys.sources.cache_clear()
+        return keys.sources()
+
+    try:
+        before = now()
+        (tmp_path / "cli" / "a.py").write_text("# another")
+        assert now() == before
+        (tmp_path / "text" / "a.py").write_text("# another")
+        edited = now()
+        (tmp_path / "text" / "a.py").rename(tmp_path / "text" / "b.py")
+        assert len({before, edited, now()}) == 3
+    finally:
+        keys.sources.cache_clear()
+
+
+def test_results_are_of_the_runs(todo, written):
+    tasks = todo()
+    engine.run_here(tasks)
+    path = written()
+    content = results.collect("study", path, schema.load(path), tasks, smoke=False)
+    ce = {(run["member"], run["seed"]): run["ce"] for run in content["runs"]}
+    (compared,) = content["comparisons"]
+    gains = {str(seed): ce["dense", seed] - ce["sparse", seed] for seed in (1, 2)}
+    assert compared["gains"] == pytest.approx(gains)
+    assert compared["mean"] == pytest.approx(sum(gains.values()) / 2)
+    assert len(content["curves"]["sparse"]["mean"]) == 4
+    assert content["rule_commit"] is None  # the file is not under git
+    json.dumps(content, allow_nan=False)
+
+
+def test_ctrl_c_leaves_a_study_to_go_on_with(tmp_path):
+    code = (
+        "import sys; from nano_moe.studies import engine; "
+        "from pathlib import Path; engine.ROOT = Path(sys.argv[1])\n"
+        "with engine._alone(), engine._stoppable():\n"
+        "    print('ready', flush=True); import time; time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.terminate()
+    assert process.wait(timeout=30) != 0
+    with engine._alone():
+        pass

@@ -1,0 +1,45 @@
+"""What a reader is told of a comparison."""
+
+import math
+
+import pytest
+
+from nano_moe.studies import report
+
+PLAIN = {
+    "says": "sparse ends below dense", "verdict": "reproduced", "figure": "ce", "relative": False,
+    "mean": 0.0876, "low": 0.08, "high": 0.0951, "n": 5, "smallest_effect": 0.02,
+    "smallest_seen": 0.0075, "equal": ["tokens"],
+}  # fmt: skip
+
+
+def test_a_gain_has_its_interval_its_unit_and_n():
+    assert report.gain(PLAIN) == "0.088 nats per token (0.080 to 0.095, n = 5)"
+    alone = {**PLAIN, "low": None, "high": None, "n": 1}
+    assert report.gain(alone) == "0.088 nats per token (n = 1)"
+
+
+def test_a_relative_gain_is_a_factor():
+    logs = {"mean": math.log(2), "low": math.log(1.5), "high": math.log(2.5)}
+    one = {**PLAIN, **logs, "relative": True, "figure": "memory_gb"}
+    assert report.gain(one) == "× 2.00 (1.50 to 2.50, n = 5)"
+
+
+def test_an_answer_is_the_headline_and_the_rest():
+    others = [{**PLAIN, "verdict": v} for v in ("reversed", "reproduced", "reversed")]
+    assert report.answer({"comparisons": [PLAIN, *others]}) == (
+        "Reproduced: sparse ends below dense; gain 0.088 nats per token (0.080 to 0.095, n = 5). "
+        "Of its other claims: 2 reversed, 1 reproduced."
+    )
+    had = {"part": "sparse", "whole": "large", "base": "dense", "mean": 0.6, "low": 0.5,
+           "high": 0.7, "flops_share": 0.4}  # fmt: skip
+    assert report.answer({"comparisons": [PLAIN], "recovered": had}).endswith(
+        "`sparse` has 60% of what `large` gains on `dense` (50% to 70%), at 40% of its FLOPs."
+    )
+
+
+@pytest.mark.parametrize(
+    ("title", "link"), [("The ladder", "the-ladder"), ("A: b, c's (d)", "a-b-cs-d")]
+)
+def test_an_anchor_is_what_hosts_make_of_a_heading(title, link):
+    assert report.anchor(title) == link
