@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from nano_moe.config import MoEConfig, OptimConfig
+from nano_moe.errors import UserError
 from nano_moe.evaluation import evaluate
 from nano_moe.model.balance import load_balancing_loss, load_statistics, updated_expert_bias
 from nano_moe.model.experts import Experts, grouped, loop
@@ -36,12 +38,15 @@ from nano_moe.model.routing import (
     probabilities_of,
     scores_of,
 )
+from nano_moe.studies import plan
+from nano_moe.studies.schema import Comparison, Member, Study
 from nano_moe.training import optimizers
 from nano_moe.training.balancing import Balancing
 from nano_moe.training.data import TokenData
 from nano_moe.training.module import Decoder
 from nano_moe.training.optimizers import MuonAdamW, parameter_groups
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 mistake = pytest.raises(AssertionError)
 AUX_FREE = {"score": "sigmoid", "bias_update_rate": 0.1}
 
@@ -591,6 +596,15 @@ def test_t13_expert_choice_leaks(moe_config, build, tokens, training):
         assert_a_sequence_ignores_its_neighbours(model, tokens)
 
 
+def test_t13_its_loss_enters_no_evaluation_and_no_study(moe_config, build, tiny_corpus, tmp_path):
+    model = build(moe_config(moe={"routing": "expert_choice"}))
+    with pytest.raises(UserError, match="sees the future"):
+        evaluate(model, tiny_corpus, batch_size=4, precision="fp32")
+    study = compared({"recipe": "schemes/expert-choice.yaml"}, {"recipe": "mixtral.yaml"})
+    with pytest.raises(UserError, match="sees the future"):
+        plan.plan(RECIPES / "study.yaml", study)
+
+
 # T14: initialisation reaches stacked experts, with residual scaling
 
 
@@ -856,6 +870,53 @@ def test_t18_gates_scale_outputs(dispatch):
     for wrong in (gates_inputs, bf16_gates):
         with mistake:
             assert_gates_scale_outputs(wrong)
+
+
+# T19: a comparison is of what it says it is: sizes, tokens and routers counted
+
+
+def compared(better: dict, than: dict, equal: tuple = ("tokens", "active", "total")) -> Study:
+    """A study of two members, relative to the recipes' folder."""
+    members = {"better": Member(**better), "than": Member(**than)}
+    one = Comparison(says="s", better="better", than="than", equal=equal, smallest_effect=1.0)
+    words = dict.fromkeys(("title", "question", "claim", "source"), "s")
+    return Study(order=1, seeds=(1,), members=members, comparisons=(one,), **words)
+
+
+def assert_fair(better: dict, than: dict, *equal: str) -> None:
+    study = compared(better, than, equal)
+    try:
+        plan.check_fair(RECIPES, study, plan.plan(RECIPES / "study.yaml", study))
+    except UserError as error:
+        raise AssertionError from error
+
+
+DENSE_384 = {"recipe": "dense.yaml", "fields": {"model.d_ff": 384}}
+
+
+def test_t19_members_are_equal_in_what_the_comparison_says():
+    top_2, fine = {"recipe": "mixtral.yaml"}, {"recipe": "deepseek.yaml"}
+    assert_fair(fine, top_2, "tokens", "active", "total")
+    assert_fair(top_2, DENSE_384, "tokens", "active", "flops")
+
+
+@pytest.mark.parametrize(
+    ("fields", "equal"),
+    [
+        ({"model.moe.d_expert": 256}, "active"),  # widths rounded up to a block
+        ({"trainer.steps": 1000}, "tokens"),  # one side trained for longer
+        ({"trainer.batch_size": 32}, "tokens"),
+        (
+            {"model.moe.n_shared_experts": 1, "model.moe.d_expert": 192},
+            "active",
+        ),  # a shared expert that was not counted
+        ({"model.moe.n_experts": 64}, "flops"),  # routers that were not
+        ({}, "total"),  # matched by what is active, and said to be matched in all
+    ],
+)
+def test_t19_unequal_members_are_refused(fields, equal):
+    with mistake:
+        assert_fair({"recipe": "mixtral.yaml", "fields": fields}, DENSE_384, equal)
 
 
 # T20: no padding is counted as load

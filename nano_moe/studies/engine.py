@@ -80,7 +80,9 @@ def tasks(planned: Sequence[Planned], root: Path = ROOT, *, smoke: bool = False)
             model, text = recipe.model, recipe.data.model_dump_json()
             asked = f"{text} {model.vocab_size} {model.context}"
             if asked not in corpora:
-                corpora[asked] = prepare(recipe.data, model.vocab_size, model.context).sha256
+                corpora[asked] = prepare(
+                    recipe.data, model.vocab_size, model.context, progress=not smoke
+                ).sha256
             corpus = corpora[asked]
         threads = n_cores() if one.measure and not smoke else TRAIN_THREADS
         key = run_key(recipe, corpus, threads, measure=one.measure)

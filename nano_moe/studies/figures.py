@@ -72,7 +72,7 @@ def _gains(axes: Axes, comparisons: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylim(-0.6, len(labels) - 0.4)
     axes.axvline(0, color="0.5", lw=1)
     axes.axvspan(-1, 1, color="0.9", lw=0)
-    axes.set_xlabel("gain over the smallest effect claimed (95 % interval; grey: smaller)")
+    axes.set_xlabel("gain, in smallest effects claimed (95 %)")
 
 
 def _wrapped(text: str, width: int = 34) -> str:
@@ -88,6 +88,10 @@ def _look(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "ls": STYLES[number % len(STYLES)], "lw": 1.5}
 
 
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+
+
 def _curves(axes: Axes, content: Mapping[str, Any]) -> None:
     """Training loss of tokens not seen before, a band per member; the first tenth is left out."""
     for number, (member, band) in enumerate(content["curves"].items()):
@@ -100,7 +104,7 @@ def _curves(axes: Axes, content: Mapping[str, Any]) -> None:
         )  # fmt: skip
     axes.set_xlabel("million tokens")
     axes.set_ylabel("training cross-entropy, nats per token")
-    axes.legend()
+    _legend(axes)
 
 
 def _flops(axes: Axes, content: Mapping[str, Any]) -> None:
@@ -114,7 +118,7 @@ def _flops(axes: Axes, content: Mapping[str, Any]) -> None:
         )  # fmt: skip
     axes.set_xlabel("training PFLOPs")
     axes.set_ylabel("validation cross-entropy, nats per token")
-    axes.legend()
+    _legend(axes)
 
 
 def _balance(axes: Axes, content: Mapping[str, Any]) -> None:
@@ -130,7 +134,7 @@ def _balance(axes: Axes, content: Mapping[str, Any]) -> None:
         )  # fmt: skip
     axes.set_xlabel("step")
     axes.set_ylabel("MaxVio (busiest expert over mean, minus 1)")
-    axes.legend()
+    _legend(axes)
 
 
 def _memory(axes: Axes, content: Mapping[str, Any]) -> None:
@@ -147,9 +151,9 @@ def _memory(axes: Axes, content: Mapping[str, Any]) -> None:
             at, [m / b for m, b in zip(medians, base, strict=True)], 0.24, label=member,
             color=COLOURS[number % len(COLOURS)], edgecolor="black", hatch=HATCHES[number % 3],
         )  # fmt: skip
-    axes.set_xticks(range(3), ["memory in training", "time to train", "time to decode"])
+    axes.set_xticks(range(3), ["memory,\ntraining", "time,\ntraining", "time,\ndecoding"])
     axes.set_ylabel(f"times {members[0]}")
-    axes.legend()
+    _legend(axes)
 
 
 def _of_member(content: Mapping[str, Any], member: str, figure: str) -> list[float]:
@@ -167,7 +171,7 @@ def _grid(axes: Axes, content: Mapping[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel(content["grid"]["field"])
     axes.set_ylabel("validation cross-entropy, nats per token")
-    axes.legend()
+    _legend(axes)
 
 
 PANELS: dict[str, Callable[[Axes, Mapping[str, Any]], None]] = {
