@@ -15,6 +15,7 @@ from nano_moe.studies.figures import UNITS, draw
 from nano_moe.studies.library import STUDIES, Found, everything
 
 BEGIN, END = "<!-- verdicts: written by make report -->", "<!-- end of verdicts -->"
+RESULTS = "recipes/studies/results"
 README = STUDIES.parent.parent / "README.md"
 HEAD = """# Results
 
@@ -63,19 +64,23 @@ def _into_readme(readme: Path, found: Sequence[tuple[Found, Mapping[str, Any]]])
 
 
 def readme_block(found: Sequence[tuple[Found, Mapping[str, Any]]]) -> str:
-    """A row per study: its first comparison, which is the headline, and how the others went."""
+    """A row per study, its first comparison being the headline, and the first study's figure."""
+    judged = [(one, content) for one, content in found if "comparisons" in content]
+    if not judged:
+        return ""
     rows = [
         (
-            f"[{one.study.title}](recipes/studies/results/RESULTS.md#{anchor(one.study.title)})",
+            f"[{one.study.title}]({RESULTS}/RESULTS.md#{anchor(one.study.title)})",
             content["comparisons"][0]["says"],
             f"**{content['comparisons'][0]['verdict']}**",
             gain(content["comparisons"][0]),
             _others(content["comparisons"][1:]),
         )
-        for one, content in found
-        if "comparisons" in content
+        for one, content in judged
     ]
-    return _table(("study", "claim", "verdict", "gain (95 %)", "its other claims"), rows)
+    table = _table(("study", "claim", "verdict", "gain (95 %)", "its other claims"), rows)
+    first = judged[0][0]
+    return f"\n{table}\n![{first.study.title}]({RESULTS}/{first.name}.png)\n\n"
 
 
 def _others(comparisons: Sequence[Mapping[str, Any]]) -> str:
