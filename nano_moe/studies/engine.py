@@ -31,7 +31,7 @@ from nano_moe.studies.worker import Job, work
 from nano_moe.text.store import prepare
 
 ROOT = runs.ROOT / "studies"
-TRAIN_THREADS = 1  # two runs of one thread are ahead of one of two, and the same on any machine
+TRAIN_THREADS = 1  # two such runs side by side are 1.0 (dense) to 1.1 times as fast as one of two
 LOG = "worker.log"
 POLL = 0.5  # seconds
 
