@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nano_moe.cli.arguments import add_json
@@ -43,10 +44,21 @@ def run(args: argparse.Namespace) -> int:
     if not chosen:
         raise UserError(f"{library.STUDIES}: holds no study")
     act = _verify if args.action == "verify" else _smoke if args.tier == "smoke" else _run
-    statuses = [act(found, args) for found in chosen]
+    statuses = [_guarded(act, found, args) for found in library.in_running_order(chosen)]
     if args.action == "run" and args.tier == "full":
         _report(args)
     return max(statuses)
+
+
+def _guarded(
+    act: Callable[[Found, argparse.Namespace], int], found: Found, args: argparse.Namespace
+) -> int:
+    """A fault of one study costs that one and not those after it."""
+    try:
+        return act(found, args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _run(found: Found, args: argparse.Namespace) -> int:
@@ -116,8 +128,11 @@ def _print(content: dict[str, Any], args: argparse.Namespace) -> None:
             figure(one["mean"]),
             f"{figure(one['low'])} to {figure(one['high'])}",
             str(one["n"]),
+            figure(one["smallest_seen"]),
             one["verdict"],
         )
         for one in content["comparisons"]
     ]
-    print_table(content["study"], ("claim", "gain", "95 %", "n", "verdict"), rows)
+    print_table(
+        content["study"], ("claim", "gain", "95 %", "n", "could have seen", "verdict"), rows
+    )

@@ -138,7 +138,10 @@ def _side_by_side(todo: Sequence[Task], at_once: int, progress: _Progress) -> di
         while waiting or running:
             while waiting and len(running) < at_once:
                 task = waiting.pop(0)
-                running[task] = _start(task)
+                try:
+                    running[task] = _start(task)
+                except UserError as error:
+                    failed[task.name] = str(error)
             time.sleep(POLL)
             for task, process in list(running.items()):
                 if process.poll() is not None:
@@ -156,7 +159,7 @@ def _start(task: Task) -> subprocess.Popen[bytes]:
     threads = str(task.job.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
     command = [sys.executable, "-m", "nano_moe.studies.worker"]
-    with open(Path(task.job.folder) / LOG, "ab") as log:
+    with open(Path(task.job.folder) / LOG, "wb") as log:
         return subprocess.Popen(
             [*command, json.dumps(dataclasses.asdict(task.job))],
             stdin=subprocess.PIPE,  # held open: the worker stops when we are gone

@@ -33,6 +33,7 @@ UNITS = {
     "max_vio": "MaxVio",
     "max_share": "share of assignments",
     "dead_experts": "experts",
+    "starved_experts": "experts",
     "load_entropy": "load entropy",
     "memory_gb": "GB",
     "train_ms_per_token": "ms per token",
@@ -111,12 +112,12 @@ def _flops(axes: Axes, content: Mapping[str, Any]) -> None:
     """Final validation loss over training FLOPs, a marker per run."""
     for number, (member, cost) in enumerate(content["members"].items()):
         losses = _of_member(content, member, "ce")
-        petaflops = [cost["train_flops"] / 1e15] * len(losses)
+        teraflops = [cost["train_flops"] / 1e12] * len(losses)
         axes.plot(
-            petaflops, losses, MARKERS[number % len(MARKERS)], label=member,
+            teraflops, losses, MARKERS[number % len(MARKERS)], label=member,
             color=COLOURS[number % len(COLOURS)], ms=5, mfc="none",
         )  # fmt: skip
-    axes.set_xlabel("training PFLOPs")
+    axes.set_xlabel("training TFLOPs")
     axes.set_ylabel("validation cross-entropy, nats per token")
     _legend(axes)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nano_moe.bench.recipes import FOLDER, QUICK, text_folder
+from nano_moe.bench.timing import QUICK as QUICK_TIMING
 from nano_moe.errors import UserError
 from nano_moe.runs import write_json
 from nano_moe.studies import clock, engine, results
@@ -19,6 +20,7 @@ from nano_moe.studies.plan import Planned, check_fair, plan
 from nano_moe.studies.schema import Study, Value, load
 
 STUDIES = FOLDER / "studies"
+GRID = "learning-rates"
 FULL: dict[str, Value] = {
     "trainer.val_every": 1_000_000,  # the end alone: what is trained on is not seen twice
     "trainer.save_every": 100,  # at most a minute of work is lost
@@ -63,36 +65,65 @@ def everything(folder: Path = STUDIES) -> list[Found]:
     return sorted(found, key=lambda one: (one.study.order, one.name))
 
 
+def in_running_order(studies: Sequence[Found]) -> list[Found]:
+    """Grids first: the others take their best values."""
+    return sorted(studies, key=lambda one: one.study.grid is None)
+
+
 def run(found: Found, *, workers: int | None = None) -> Outcome:
     """Do what is left of a study and write its results file; none while runs are missing."""
     planned = plan(found.path, found.study, FULL)
     check_fair(found.path, found.study, planned)
+    check_tuned(found, planned)
+    rule_commit = results.introduced(found.path, found.study.rule)
     todo = engine.tasks(planned)
     failed = engine.run_all(found.name, todo, workers=workers)
     if failed:
         return Outcome(None, failed)
-    content = results.collect(found.name, found.path, found.study, todo, smoke=False)
-    if found.study.step_times:
-        content["step_times"] = clock.step_times(found.study, planned)
+    content = results.collect(found.name, found.study, todo, rule_commit=rule_commit)
     found.results.parent.mkdir(exist_ok=True)
     write_json(found.results, content)
+    if found.study.step_times:
+        content["step_times"] = clock.step_times(found.study, planned)
+        write_json(found.results, content)
     return Outcome(content, {})
 
 
-def smoke(found: Found, root: Path = engine.ROOT / "smoke") -> dict[str, Any]:
+def check_tuned(found: Found, planned: Sequence[Planned]) -> None:
+    """Raises UserError where a member does not take the best rate of its class of the grid."""
+    for one in planned:
+        member = found.study.members.get(one.member)
+        if member is None or member.tuned_as is None:
+            continue
+        grid = results.read(found.path.parent / "results" / f"{GRID}.json")["grid"]["members"]
+        if member.tuned_as not in grid:
+            raise UserError(
+                f"{found.path}: study.members.{one.member}.tuned_as: the grid of {GRID}.yaml has "
+                f"no {member.tuned_as}; there are {', '.join(grid)}"
+            )
+        best = grid[member.tuned_as]["best"]
+        if one.recipe.optim.lr != best:
+            raise UserError(
+                f"{found.path}: study.members.{one.member}: optim.lr is {one.recipe.optim.lr:g}, "
+                f"and {best:g} is best for {member.tuned_as}; set it to that"
+            )
+
+
+def smoke(found: Found) -> dict[str, Any]:
     """The same on models of a few weights and a made-up text, in this process; no verdicts."""
     few = found.study.model_copy(update={"seeds": found.study.seeds[:SMOKE_SEEDS]})
+    check_fair(found.path, few, plan(found.path, few, FULL))
     threads = torch.get_num_threads()
-    with text_folder(SMOKE_WORDS) as (_, text):
-        check_fair(found.path, few, plan(found.path, few, FULL))
+    with text_folder(SMOKE_WORDS) as (folder, text):
         planned = plan(found.path, few, {**FULL, **_small(text)})
-        todo = engine.tasks(planned, root, smoke=True)
+        todo = engine.tasks(planned, folder / "studies", smoke=True)
         try:
             engine.run_here(todo)
         finally:
             torch.set_num_threads(threads)
-    content = results.collect(found.name, found.path, few, todo, smoke=True)
-    write_json(root / f"{found.name}.json", content)
+        content = results.collect(found.name, few, todo, smoke=True)
+    if few.step_times:
+        content["step_times"] = clock.step_times(few, planned, QUICK_TIMING)
     return content
 
 

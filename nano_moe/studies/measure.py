@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
 
     Decoding is a forward pass of one token, which reads every weight that it needs once. Medians.
     """
-    idle = peak_resident()
+    idle = resident()
     return_freed_memory()
     torch.manual_seed(recipe.seed)
     module = Decoder(recipe)
@@ -70,6 +71,23 @@ def _median(case: Callable[[int], object], warm_up: int, rounds: int) -> float:
 
 
 def peak_resident() -> int:
-    """Bytes of the most physical memory that this process has held."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Bytes of the most physical memory that this process has held.
+
+    Linux's own record: that of getrusage would begin with what the starting process held.
+    """
+    return _of_process("VmHWM")
+
+
+def resident() -> int:
+    """Bytes of physical memory that this process holds."""
+    return _of_process("VmRSS")
+
+
+def _of_process(field: str) -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    lines = status.read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024

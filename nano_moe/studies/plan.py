@@ -79,6 +79,12 @@ def check_fair(path: Path, study: Study, planned: list[Planned]) -> None:
     """Raises UserError where members are not equal in what their comparison says (trap T19)."""
     recipes = {one.member: one.recipe for one in planned}
     for number, comparison in enumerate(study.comparisons):
+        outside = {side: outside_params(recipes[side]) for side in _sides(comparison)}
+        if len(set(outside.values())) > 1:
+            raise UserError(
+                f"{path}: study.comparisons.{number}: embeddings, attention and norms are not "
+                f"equal ({', '.join(f'{side} {n:,}' for side, n in outside.items())})"
+            )
         for what in comparison.equal:
             better, than = (_amount(what, study, side, recipes) for side in _sides(comparison))
             within = {"flops": FLOPS_WITHIN, "time": TIME_WITHIN}.get(what, 0.0)
@@ -110,6 +116,12 @@ def _amount(what: Equal, study: Study, member: str, recipes: Mapping[str, Recipe
     if what == "total":
         return ffn_params(recipe).total
     return 0  # seeds are equal by plan
+
+
+def outside_params(recipe: Recipe) -> int:
+    """Weights outside of FFN, experts and routers."""
+    counted = count(recipe)
+    return counted.total_params - counted.router_params - ffn_params(recipe).total
 
 
 class FFNParams(NamedTuple):

@@ -20,11 +20,13 @@ README = STUDIES.parent.parent / "README.md"
 HEAD = """# Results
 
 Written by `make report` from the results files beside it; every figure comes from a run of this
-repository (`make reproduce`). A gain is positive where the claim says so. *Reproduced*: the 95 %
+repository (`make reproduce`). A gain is positive, a factor (×) above 1, where the claim says so. *Reproduced*: the 95 %
 interval of the gain excludes 0 and its mean is at least the smallest effect that the study's file
 names; *reversed*: the same on the other side; *not reproduced*: the interval lies within that
 effect on either side; else *undecided at this scale*. Intervals are Student's t over differences
-paired by seed. *Could have seen*: the smallest mean that this n and spread tell from zero.
+paired by seed. *Could have seen*: the smallest mean that this n and spread tell from zero. Losses are
+of the whole validation split. Seconds are of trainings of one thread, side by side; memory is what a
+process came to hold beyond what it held at its start.
 """
 
 
@@ -74,11 +76,13 @@ def readme_block(found: Sequence[tuple[Found, Mapping[str, Any]]]) -> str:
             content["comparisons"][0]["says"],
             f"**{content['comparisons'][0]['verdict']}**",
             gain(content["comparisons"][0]),
+            _could_have_seen(content["comparisons"][0]),
             _others(content["comparisons"][1:]),
         )
         for one, content in judged
     ]
-    table = _table(("study", "claim", "verdict", "gain (95 %)", "its other claims"), rows)
+    header = ("study", "claim", "verdict", "gain (95 %)", "could have seen", "its other claims")
+    table = _table(header, rows)
     first = judged[0][0]
     return f"\n{table}\n![{first.study.title}]({RESULTS}/{first.name}.png)\n\n"
 
@@ -108,6 +112,8 @@ def _section(found: Found, content: Mapping[str, Any]) -> str:
         f"![{study.title}]({found.name}.png)\n",
         _members(content),
     ]
+    if "balance" in content:
+        parts.insert(-1, _balance_table(content))
     if "step_times" in content:
         parts.append(_step_times(content["step_times"]))
     if study.caveats:
@@ -126,15 +132,31 @@ def answer(content: Mapping[str, Any]) -> str:
         return f"The best {grid['field']} is {', '.join(best)}. {found}"
     headline, *others = content["comparisons"]
     first = f"{headline['verdict'].capitalize()}: {headline['says']}; gain {gain(headline)}."
-    if "recovered" in content:
-        had = content["recovered"]
-        share, flops = had["mean"], had["flops_share"]
-        bounds = _bounds(had["low"], had["high"], percent=True)
-        return (
-            f"{first} `{had['part']}` has {share:.0%} of what `{had['whole']}` gains on "
-            f"`{had['base']}`{bounds}, at {flops:.0%} of its FLOPs."
-        )
-    return f"{first} Of its other claims: {_others(others)}." if others else first
+    return " ".join([first, *_share(content), *_other_verdicts(others)])
+
+
+def _share(content: Mapping[str, Any]) -> Iterator[str]:
+    if "recovered" not in content:
+        return
+    had = content["recovered"]
+    if had is None:
+        yield "The large model gains nothing, so there is no share of its gain."
+        return
+    bounds = "" if had["low"] is None else f" ({had['low']:.0%} to {had['high']:.0%})"
+    yield (
+        f"`{had['part']}` has {had['mean']:.0%} of what `{had['whole']}` gains on "
+        f"`{had['base']}`{bounds}, at {had['flops_share']:.0%} of its FLOPs."
+    )
+
+
+def _other_verdicts(others: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """One sentence that names the other claims by verdict."""
+    by_verdict: dict[str, list[str]] = {}
+    for one in others:
+        by_verdict.setdefault(one["verdict"], []).append(one["says"])
+    if by_verdict:
+        told = [f"*{verdict}*: {', '.join(says)}" for verdict, says in by_verdict.items()]
+        yield f"Its other claims: {'; '.join(told)}."
 
 
 def gain(one: Mapping[str, Any]) -> str:
@@ -148,11 +170,8 @@ def gain(one: Mapping[str, Any]) -> str:
 
 
 KEYS = ("mean", "low", "high")
-
-
-def _bounds(low: float | None, high: float | None, *, percent: bool) -> str:
-    form = ".0%" if percent else ".3f"
-    return "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
+BALANCE = ("max_vio", "max_share", "starved_experts", "dead_experts", "load_entropy")
+OVER = 2.0  # MaxVio: three times an even share
 
 
 def _comparisons(content: Mapping[str, Any]) -> str:
@@ -162,7 +181,7 @@ def _comparisons(content: Mapping[str, Any]) -> str:
             ", ".join(one["equal"]),
             gain(one),
             _effect(one, one["smallest_effect"]),
-            "–" if one["smallest_seen"] is None else _seen(one),
+            _could_have_seen(one),
             f"**{one['verdict']}**",
         )
         for one in content["comparisons"]
@@ -182,8 +201,10 @@ def _effect(one: Mapping[str, Any], value: float) -> str:
     return f"× {1 + value:g}" if one["relative"] else f"{value:g}"
 
 
-def _seen(one: Mapping[str, Any]) -> str:
+def _could_have_seen(one: Mapping[str, Any]) -> str:
     seen = one["smallest_seen"]
+    if seen is None:
+        return "–"
     return f"× {math.exp(seen):.2f}" if one["relative"] else f"{seen:.3f}"
 
 
@@ -207,7 +228,7 @@ def _members(content: Mapping[str, Any]) -> str:
         runs = [run for run in content["runs"] if run["member"] == name]
         rows.append((name, *_costs(cost), *_outcomes(runs)))
     header = (
-        "member", "parameters", "active", "FFN active", "routers", "million tokens", "PFLOPs",
+        "member", "parameters", "active", "FFN active", "routers", "million tokens", "TFLOPs",
         "CE", "bits per byte", "memory, GB", "seconds",
     )  # fmt: skip
     return _table(header, rows)
@@ -217,7 +238,7 @@ def _costs(cost: Mapping[str, Any]) -> list[str]:
     sizes = [f"{cost[key]:,}" for key in ("total", "active", "ffn_active", "router")]
     if cost["tokens"] is None:
         return [*sizes, "–", "–"]
-    return [*sizes, f"{cost['tokens'] / 1e6:.2f}", f"{cost['train_flops'] / 1e15:.2f}"]
+    return [*sizes, f"{cost['tokens'] / 1e6:.2f}", f"{cost['train_flops'] / 1e12:.1f}"]
 
 
 def _outcomes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -233,6 +254,31 @@ def _outcomes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return cells
 
 
+def _balance_table(content: Mapping[str, Any]) -> str:
+    """Each member's routing at the end, and when a layer first sent an expert thrice its share."""
+    rows = []
+    for name, figures in content["balance"].items():
+        runs = [run for run in content["runs"] if run["member"] == name]
+        means = [statistics.fmean(run[figure] for run in runs) for figure in BALANCE]
+        rows.append((name, *(f"{mean:.2f}" for mean in means), _first_over(figures["max_vio"])))
+    header = ("member", *(f"`{name}`" for name in BALANCE), f"first step with MaxVio over {OVER:g}")
+    note = (
+        "Routing over the validation split: the worst layer, or experts of all; means over seeds.\n"
+    )
+    return f"{note}\n{_table(header, rows)}"
+
+
+def _first_over(layers: Mapping[str, Any]) -> str:
+    """Of the seeds' mean, in training."""
+    found = [
+        (step, layer)
+        for layer, band in layers.items()
+        for step, mean in zip(band["at"], band["mean"], strict=True)
+        if mean > OVER
+    ]
+    return "never" if not found else "{} (layer {})".format(*min(found))
+
+
 def _step_times(times: Mapping[str, Any]) -> str:
     rows = [
         (name, f"{one['rule']:g}", "{1:.2f} ({0:.2f} to {2:.2f})".format(*one["measured"]))
@@ -242,7 +288,14 @@ def _step_times(times: Mapping[str, Any]) -> str:
         "A training step's time over the first member's, as the rule takes it, and measured after "
         "the runs (interleaved, all cores, quartiles):\n\n"
         + _table(("member", "rule", "measured"), rows)
+        + "".join(f"\n{fault}\n" for fault in _too_kind(times))
     )
+
+
+def _too_kind(times: Mapping[str, Any]) -> Iterator[str]:
+    for name, one in times.items():
+        if one["measured"][0] > one["rule"]:
+            yield f"`{name}` takes longer here than its rule says: its verdict in time is too kind."
 
 
 def _provenance(found: Found, content: Mapping[str, Any]) -> str:

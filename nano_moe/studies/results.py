@@ -13,6 +13,7 @@ from typing import Any
 from nano_moe import recipe_file
 from nano_moe.accounting import count
 from nano_moe.bench.machine import describe_machine
+from nano_moe.config import Recipe
 from nano_moe.errors import UserError
 from nano_moe.runs import git_commit, read_json, versions
 from nano_moe.studies.engine import Task, read_result
@@ -21,19 +22,24 @@ from nano_moe.studies.schema import Comparison, Study, StudyFile
 from nano_moe.studies.statistics import Interval, interval, verdict
 
 WITHHELD = "withheld: a smoke test"
-PER_RUN = ("created", "git_commit", "machine", "versions", "curve", "balance", "routing")
+ELSEWHERE = ("machine", "versions", "curve", "balance")  # in other places of the file, or shorter
 
 
 def collect(
-    name: str, path: Path, study: Study, done: Sequence[Task], *, smoke: bool
+    name: str,
+    study: Study,
+    done: Sequence[Task],
+    *,
+    rule_commit: str | None = None,
+    smoke: bool = False,
 ) -> dict[str, Any]:
-    """All figures of a study whose runs are finished."""
+    """All figures of a study whose runs are finished; `rule_commit` as it was before they began."""
     found = [(task, read_result(task.job)) for task in done]
     runs = [_run(task, result) for task, result in found]
     content: dict[str, Any] = {
         "study": name,
         "rule": study.rule,
-        "rule_commit": introduced(path, study.rule),
+        "rule_commit": rule_commit,
         "tier": "smoke" if smoke else "full",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
@@ -54,14 +60,9 @@ def collect(
 
 
 def _run(task: Task, result: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in result.items() if key not in PER_RUN}
-    return {
-        "member": task.planned.member,
-        **kept,
-        "machine": result["machine"]["cpu"],
-        "created": result["created"],
-        "git_commit": result["git_commit"],
-    }
+    kept = {key: value for key, value in result.items() if key not in ELSEWHERE}
+    made_with = {"machine": result["machine"]["cpu"], "torch": result["versions"]["torch"]}
+    return {"member": task.planned.member, **kept, **made_with}
 
 
 def _member(task: Task) -> dict[str, Any]:
@@ -79,7 +80,13 @@ def _member(task: Task) -> dict[str, Any]:
         "train_flops": None if task.job.measure else tokens * counted.train_flops_per_token,
         "forward_flops_per_token": counted.forward_flops_per_token,
         "threads": task.job.threads,
+        "recipe": what_runs(recipe),
     }
+
+
+def what_runs(recipe: Recipe) -> dict[str, Any]:
+    """A member's resolved recipe, without the seed and where its text lies."""
+    return recipe.model_dump(mode="json", exclude={"seed": True, "data": {"files", "cache"}})
 
 
 def _by_member(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -130,7 +137,7 @@ def _recovered(
 ) -> dict[str, Any]:
     """The share of a gain in loss that the part has of the whole, and its share of the FLOPs.
 
-    Empty where the study asks for none, or the whole gains nothing.
+    Empty where the study asks for none; None where the whole does not gain for every seed.
     """
     names = study.recovered
     if names is None:
@@ -138,7 +145,7 @@ def _recovered(
     sides = (by_member[name] for name in (names.base, names.part, names.whole))
     base, part, whole = ({seed: run["ce"] for seed, run in side.items()} for side in sides)
     if any(whole[seed] >= base[seed] for seed in base):
-        return {}
+        return {"recovered": None}
     shares = {seed: (base[seed] - part[seed]) / (base[seed] - whole[seed]) for seed in base}
     flops = {task.planned.member: _member(task)["train_flops"] for task in done}
     found = {

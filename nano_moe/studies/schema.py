@@ -18,10 +18,12 @@ from nano_moe.config import FieldFault, Section
 from nano_moe.errors import UserError
 
 Value = bool | int | float | str | None
-TRAINED = ("ce", "bpb", "max_vio", "max_share", "dead_experts", "load_entropy")
+TRAINED = (
+    "ce", "bpb", "max_vio", "max_share", "dead_experts", "starved_experts", "load_entropy",
+)  # fmt: skip
 MEASURED = ("memory_gb", "train_ms_per_token", "decode_ms_per_token")
 Figure = Literal[
-    "ce", "bpb", "max_vio", "max_share", "dead_experts", "load_entropy",
+    "ce", "bpb", "max_vio", "max_share", "dead_experts", "starved_experts", "load_entropy",
     "memory_gb", "train_ms_per_token", "decode_ms_per_token",
 ]  # fmt: skip
 Equal = Literal["seeds", "tokens", "flops", "time", "active", "total"]
@@ -137,7 +139,8 @@ class Study(Section):
     def rule(self) -> str:
         """The sha256 of all that decides runs and verdicts; not of the words around it."""
         words = {"order", "title", "question", "caveats", "figure"}
-        text = json.dumps(self.model_dump(mode="json", exclude=words), sort_keys=True)
+        decides = self.model_dump(mode="json", exclude=words, exclude_defaults=True)
+        text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

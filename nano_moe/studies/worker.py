@@ -28,10 +28,11 @@ from nano_moe.device import choose_precision
 from nano_moe.errors import UserError
 from nano_moe.evaluation import Evaluation, evaluate
 from nano_moe.runs import Run, git_commit, load_model, versions, write_json
-from nano_moe.studies.measure import measure, peak_resident
+from nano_moe.studies.measure import measure, peak_resident, resident
 from nano_moe.text.store import Corpus, prepare
 
 RESULT = "result.json"
+STARVED = 0.1  # of an even share
 BALANCE = ("max_vio", "max_share", "dead_experts", "load_entropy")
 
 
@@ -56,8 +57,8 @@ class Job:
 def work(job: Job) -> str | None:
     """Do a job and write its result; the name of the signal that stopped it, or None."""
     torch.set_num_threads(job.threads)
-    recipe = job.run.recipe()
-    found = measure(recipe) if job.measure else _train(job, recipe)
+    recipe, idle = job.run.recipe(), resident()
+    found = measure(recipe) if job.measure else _train(job, recipe, idle)
     if isinstance(found, str):
         return found
     write_json(job.result, {**_provenance(job, recipe), **found})
@@ -65,7 +66,7 @@ def work(job: Job) -> str | None:
     return None
 
 
-def _train(job: Job, recipe: Recipe) -> dict[str, Any] | str:
+def _train(job: Job, recipe: Recipe, idle: int) -> dict[str, Any] | str:
     from nano_moe.training.fit import fit
 
     corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context, progress=False)
@@ -79,9 +80,9 @@ def _train(job: Job, recipe: Recipe) -> dict[str, Any] | str:
         "bpb": scored.overall.bpb,
         "domains": {name: score.bpb for name, score in scored.domains.items()},
         **_worst(scored.routing),
-        "routing": [{"layer": row["layer"], **_of(row, BALANCE)} for row in scored.routing],
+        "routing": [_layer(row) for row in scored.routing],
         "seconds": round(result.seconds, 1),
-        "memory_gb": peak_resident() / 1e9,
+        "memory_gb": (peak_resident() - idle) / 1e9,
         "curve": _curve(job.run),
         "balance": _balance(job.run),
     }
@@ -95,17 +96,25 @@ def _score(run: Run, recipe: Recipe, corpus: Corpus) -> Evaluation:
 
 
 def _worst(routing: list[dict[str, Any]]) -> dict[str, float]:
-    """Each balance figure of the layer that is worst in it; dead experts of all layers."""
+    """Each balance figure of the layer that is worst in it; dead and starved experts of all.
+
+    Starved: with less than a tenth of an even share of the assignments.
+    """
     if not routing:
         return {}
     worst: dict[str, Callable[[Iterable[float]], float]] = {
         "max_vio": max, "max_share": max, "dead_experts": sum, "load_entropy": min
     }  # fmt: skip
-    return {name: float(of(row[name] for row in routing)) for name, of in worst.items()}
+    found = {name: float(of(row[name] for row in routing)) for name, of in worst.items()}
+    even = 1 / len(routing[0]["load"])
+    starved = sum(share < STARVED * even for row in routing for share in row["load"])
+    return {**found, "starved_experts": float(starved)}
 
 
-def _of(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]:
-    return {name: row[name] for name in names}
+def _layer(row: dict[str, Any]) -> dict[str, Any]:
+    """A layer's balance figures, and each expert's share of all assignments."""
+    load = [round(share, 5) for share in row["load"]]
+    return {"layer": row["layer"], "load": load, **{name: row[name] for name in BALANCE}}
 
 
 def _curve(run: Run) -> list[tuple[int, float]]:
