@@ -99,6 +99,16 @@ def test_t01_the_recipe_refuses_it_and_does_not_default_to_it(moe_config):
     assert moe_config(moe={"top_k": 2}).moe.normalizes
 
 
+def test_t01_the_demo_has_the_fault_and_only_at_top_1(moe_config, build, tokens):
+    model = build(moe_config(moe={"top_k": 1, "normalize_top_k": "even_top_1"}))
+    _, routings = model(tokens)
+    assert all((routing.weights == 1).all() for routing in routings)
+    with mistake:
+        assert_language_loss_moves_routers(model, tokens)
+    with pytest.raises(ValueError, match="even_top_1 is of top_k=1"):
+        moe_config(moe={"top_k": 2, "normalize_top_k": "even_top_1"})
+
+
 # T2: layers collapsed on different experts look balanced when concatenated
 
 

@@ -35,9 +35,9 @@ def test_a_study_is_fair_and_its_runs_are_of_one_budget(found):
 
 
 @by_name
-def test_a_study_runs_in_small_and_withholds_its_verdicts(found, tmp_path):
-    content = library.smoke(found, tmp_path)
-    assert content == json.loads((tmp_path / f"{found.name}.json").read_text())
+def test_a_study_runs_in_small_and_withholds_its_verdicts(found):
+    content = library.smoke(found)
+    json.dumps(content, allow_nan=False)
     verdicts = {one["verdict"] for one in content.get("comparisons", [])}
     assert verdicts <= {results.WITHHELD}
     assert report._section(found, content) and report.draw(content, found.study.figure)
@@ -46,11 +46,12 @@ def test_a_study_runs_in_small_and_withholds_its_verdicts(found, tmp_path):
 @has_results
 @by_name
 def test_a_member_takes_the_best_rate_of_its_class(found):
-    grid = results.read(library.find("learning-rates").results)["grid"]["members"]
-    for one in plan.plan(found.path, found.study):
-        member = found.study.members.get(one.member)
-        if member is not None and member.tuned_as is not None:
-            assert one.recipe.optim.lr == grid[member.tuned_as]["best"], one.member
+    planned = plan.plan(found.path, found.study)
+    library.check_tuned(found, planned)
+    for one in planned:
+        tuned = [name for name in found.study.members if name == one.member]
+        if tuned and not one.measure:
+            assert found.study.members[one.member].tuned_as, one.member
 
 
 @finished
@@ -77,6 +78,29 @@ def test_results_have_every_run_and_no_optimum_at_an_edge(found):
         name for name, row in content.get("grid", {}).get("members", {}).items() if row["at_edge"]
     ]
     assert edges == []
+
+
+@finished
+def test_results_are_of_the_recipes_that_are_here(found):
+    stored = results.read(found.results)["members"]
+    for one in plan.plan(found.path, found.study, library.FULL):
+        assert stored[one.member]["recipe"] == results.what_runs(one.recipe), one.member
+
+
+@finished
+def test_the_rule_was_committed_before_the_last_of_the_runs_began(found):
+    content = results.read(found.results)
+    commits = {run["git_commit"].removesuffix("+dirty") for run in content["runs"]}
+    after = [
+        subprocess.run(
+            ["git", "merge-base", "--is-ancestor", content["rule_commit"], commit],
+            cwd=found.path.parent, capture_output=True,
+        ).returncode
+        for commit in commits
+    ]  # fmt: skip
+    if 128 in after:
+        pytest.skip("no history here to look the commits up in")
+    assert 0 in after
 
 
 @finished

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from nano_moe.errors import UserError
-from nano_moe.studies import engine, keys, plan, results, schema
+from nano_moe.studies import engine, keys, measure, plan, results, schema
 
 MEASURED = ("created", "seconds", "memory_gb", "machine")
 
@@ -55,13 +55,14 @@ def test_a_study_killed_half_way_ends_with_equal_figures(todo, tmp_path):
         engine.Task(t.planned, replace(t.job, folder=str(root / os.path.basename(t.job.folder))))
         for t in whole
     ]  # fmt: skip
-    process = engine._start(again[0])
-    while not again[0].job.run.last.is_file():
-        time.sleep(0.01)
-        assert process.poll() is None, "ended before it could be killed"
-    process.kill()
-    process.wait()
-    assert 0 < again[0].spent() < 1
+    for task in again[:2]:  # a dense run and a sparse one
+        process = engine._start(task)
+        while not task.job.run.last.is_file():
+            time.sleep(0.01)
+            assert process.poll() is None, "ended before it could be killed"
+        process.kill()
+        process.wait()
+        assert 0 < task.spent() < 1
     assert engine.run_all("again", again, workers=2) == {}
     assert [figures(task) for task in again] == expected
 
@@ -83,8 +84,8 @@ def test_a_failed_run_is_reported_and_the_others_are_kept(todo):
     broken.mkdir(parents=True)
     (broken / "recipe.yaml").write_text("seed: 1\n")
     (broken / "last.ckpt").write_text("cut")
-    with pytest.raises(UserError, match="recipe.yaml"):
-        engine.run_all("study", tasks[:1])
+    (fault,) = engine.run_all("study", tasks[:1]).values()
+    assert "recipe.yaml: was changed" in fault
     (broken / "recipe.yaml").unlink()
     engine.shutil.rmtree(broken)
     engine._claim(tasks[0])
@@ -156,27 +157,73 @@ def test_results_are_of_the_runs(todo, written):
     tasks = todo()
     engine.run_here(tasks)
     path = written()
-    content = results.collect("study", path, schema.load(path), tasks, smoke=False)
+    content = results.collect("study", schema.load(path), tasks)
     ce = {(run["member"], run["seed"]): run["ce"] for run in content["runs"]}
     (compared,) = content["comparisons"]
     gains = {str(seed): ce["dense", seed] - ce["sparse", seed] for seed in (1, 2)}
     assert compared["gains"] == pytest.approx(gains)
     assert compared["mean"] == pytest.approx(sum(gains.values()) / 2)
     assert len(content["curves"]["sparse"]["mean"]) == 4
-    assert content["rule_commit"] is None  # the file is not under git
+    assert results.introduced(path, content["rule"]) is None  # the file is not under git
+    moe = content["members"]["sparse"]["recipe"]["model"]["moe"]
+    assert moe["n_experts"] == 16 and "cache" not in content["members"]["sparse"]["recipe"]["data"]
+    loads = [layer["load"] for run in content["runs"] for layer in run["routing"]]
+    assert len(loads) == 2 and all(sum(load) == pytest.approx(1, abs=1e-3) for load in loads)
     json.dumps(content, allow_nan=False)
 
 
-def test_ctrl_c_leaves_a_study_to_go_on_with(tmp_path):
-    code = (
-        "import sys; from nano_moe.studies import engine; "
-        "from pathlib import Path; engine.ROOT = Path(sys.argv[1])\n"
-        "with engine._alone(), engine._stoppable():\n"
-        "    print('ready', flush=True); import time; time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
-    process.terminate()
-    assert process.wait(timeout=30) != 0
-    with engine._alone():
-        pass
+CHILD = """
+import json, sys
+from pathlib import Path
+from nano_moe.studies import engine, plan, schema
+path, engine.ROOT = Path(sys.argv[1]), Path(sys.argv[2])
+tasks = engine.tasks(plan.plan(path, schema.load(path), json.loads(sys.argv[3])), engine.ROOT)
+try:
+    engine.run_all("study", tasks, workers=2)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_study_leaves_checkpoints_and_no_worker(written, small, tmp_path, number):
+    extra = {**small, "trainer.steps": 100_000, "trainer.save_every": 100_000}
+    path, root = written(), tmp_path / "studies"
+    arguments = [sys.executable, "-c", CHILD, str(path), str(root), json.dumps(extra)]
+    study = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    while sum(len(rows(run)) > 1 for run in root.glob("*-*")) < 2:
+        time.sleep(0.1)
+        assert study.poll() is None
+    study.send_signal(number)
+    assert study.wait(timeout=60) == (130 if number != signal.SIGKILL else -signal.SIGKILL)
+    for _ in range(600):
+        if sum((run / "last.ckpt").is_file() for run in root.glob("*-*")) == 2:
+            break
+        time.sleep(0.1)
+    assert settles(lambda: [rows(run) for run in root.glob("*-*")]), "a worker goes on"
+    assert not list(root.glob("*/result.json"))
+
+
+def settles(read, within=60):
+    """Whether what is read stops changing."""
+    before = read()
+    for _ in range(within):
+        time.sleep(1)
+        now = read()
+        if now == before:
+            return True
+        before = now
+    return False
+
+
+def rows(run):
+    """What a run has logged so far."""
+    metrics = run / "metrics.csv"
+    return metrics.read_text().splitlines() if metrics.is_file() else []
+
+
+def test_peak_memory_is_of_the_process_and_not_of_its_parent():
+    code = "from nano_moe.studies.measure import peak_resident as p; print(p())"
+    held = bytearray(1_500_000_000)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert measure.peak_resident() > len(held) > 2 * int(child.stdout)

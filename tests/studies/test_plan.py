@@ -62,6 +62,11 @@ def test_a_member_at_fault_is_named(written, old, new, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        (
+            "{model.d_ff: 384}",
+            "{model.n_heads: 8, model.head_dim: 32}",
+            "attention and norms are not",
+        ),
         ("model.d_ff: 384", "model.d_ff: 388", "active: sparse has 589,824 and dense 595,968"),
         ("{model.d_ff: 384}", "{model.d_ff: 384, trainer.steps: 499}", "tokens: sparse has"),
         ("[tokens, active]", "[total]", "total: sparse has 4,718,592 and dense 589,824"),

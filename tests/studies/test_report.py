@@ -26,10 +26,11 @@ def test_a_relative_gain_is_a_factor():
 
 
 def test_an_answer_is_the_headline_and_the_rest():
-    others = [{**PLAIN, "verdict": v} for v in ("reversed", "reproduced", "reversed")]
+    told = (("a", "reversed"), ("b", "reproduced"), ("c", "reversed"))
+    others = [{**PLAIN, "says": says, "verdict": verdict} for says, verdict in told]
     assert report.answer({"comparisons": [PLAIN, *others]}) == (
         "Reproduced: sparse ends below dense; gain 0.088 nats per token (0.080 to 0.095, n = 5). "
-        "Of its other claims: 2 reversed, 1 reproduced."
+        "Its other claims: *reversed*: a, c; *reproduced*: b."
     )
     had = {"part": "sparse", "whole": "large", "base": "dense", "mean": 0.6, "low": 0.5,
            "high": 0.7, "flops_share": 0.4}  # fmt: skip
