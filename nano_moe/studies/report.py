@@ -20,13 +20,13 @@ README = STUDIES.parent.parent / "README.md"
 HEAD = """# Results
 
 Written by `make report` from the results files beside it; every figure comes from a run of this
-repository (`make reproduce`). A gain is positive, a factor (×) above 1, where the claim says so. *Reproduced*: the 95 %
-interval of the gain excludes 0 and its mean is at least the smallest effect that the study's file
-names; *reversed*: the same on the other side; *not reproduced*: the interval lies within that
-effect on either side; else *undecided at this scale*. Intervals are Student's t over differences
-paired by seed. *Could have seen*: the smallest mean that this n and spread tell from zero. Losses are
-of the whole validation split. Seconds are of trainings of one thread, side by side; memory is what a
-process came to hold beyond what it held at its start.
+repository (`make reproduce`). A gain is positive, a factor (×) above 1, where the claim says so.
+*Reproduced*: the 95 % interval of the gain excludes 0 and its mean is at least the smallest
+effect that the study's file names; *reversed*: the same on the other side; *not reproduced*: the
+interval lies within that effect on either side; else *undecided at this scale*. Intervals are
+Student's t over differences paired by seed. *Could have seen*: the smallest mean that this n and
+spread tell from zero. Losses are of the whole validation split. Seconds are of trainings of one
+thread, side by side; memory is what a process came to hold beyond what it held at its start.
 """
 
 

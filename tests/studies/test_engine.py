@@ -85,7 +85,7 @@ def test_a_failed_run_is_reported_and_the_others_are_kept(todo):
     (broken / "recipe.yaml").write_text("seed: 1\n")
     (broken / "last.ckpt").write_text("cut")
     (fault,) = engine.run_all("study", tasks[:1]).values()
-    assert "recipe.yaml: was changed" in fault
+    assert "recipe.yaml: model: missing" in fault
     (broken / "recipe.yaml").unlink()
     engine.shutil.rmtree(broken)
     engine._claim(tasks[0])
