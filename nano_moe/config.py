@@ -511,6 +511,9 @@ class OptimConfig(Section):
     embedding_lr: float | None = Field(
         default=None, gt=0, description="peak rate of embeddings, head and norms; omitted: lr"
     )
+    expert_lr: float | None = Field(
+        default=None, gt=0, description="peak rate of routed experts; omitted: lr"
+    )
     router_lr: float | None = Field(
         default=None, gt=0, description="peak rate of routers; omitted: embedding_lr"
     )
@@ -580,6 +583,8 @@ class Recipe(Section):
                 f"warmup_steps={self.optim.warmup_steps} leaves nothing of "
                 f"trainer.steps={self.trainer.steps}; lower it",
             )
+        if self.optim.expert_lr is not None and self.model.moe is None:
+            raise FieldFault("optim.expert_lr", "there are no experts (model.moe is null); drop it")
         return self
 
     @property

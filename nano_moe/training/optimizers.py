@@ -31,18 +31,24 @@ MATCH_RMS_ADAMW = 0.2  # Liu et al. 2025, sec. 2.2: gives Muon's update AdamW's 
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Split named parameters into `hidden`, `router` and `embedding` groups, each exactly once."""
+    """Split named parameters into `hidden`, `router` and `embedding` groups, each exactly once.
+
+    Routed experts are a group of their own, `experts`, where they have a rate of their own.
+    """
     embedding_lr = config.embedding_lr or config.lr
     router_lr = config.router_lr or embedding_lr
     muon, decay = config.name == "muon", config.weight_decay
     groups = {
         "hidden": {"lr": config.lr, "weight_decay": decay, "muon": muon},
+        "experts": {"lr": config.expert_lr, "weight_decay": decay, "muon": muon},
         "router": {"lr": router_lr, "weight_decay": 0.0, "muon": False},
         "embedding": {"lr": embedding_lr, "weight_decay": 0.0, "muon": False},
     }
     members: dict[str, dict[str, Tensor]] = {name: {} for name in groups}
     for name, parameter in model.named_parameters():
-        members[_group_of(name, parameter)][name] = parameter
+        group = _group_of(name, parameter)
+        own = group == "hidden" and ".experts." in name and config.expert_lr is not None
+        members["experts" if own else group][name] = parameter
     grouped = [id(p) for named in members.values() for p in named.values()]
     everything = [id(p) for p in model.parameters()]
     assert sorted(grouped) == sorted(everything), "each parameter belongs to exactly one group"

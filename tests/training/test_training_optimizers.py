@@ -9,6 +9,7 @@ from torch import nn
 from nano_moe.config import OptimConfig
 from nano_moe.model.gpt import GPT
 from nano_moe.training import elementwise, optimizers
+from nano_moe.training.module import Decoder
 from nano_moe.training.optimizers import MuonAdamW, newton_schulz, parameter_groups
 from nano_moe.training.schedule import multiplier
 
@@ -243,6 +244,36 @@ def test_learning_rates_default_to_that_of_hidden_matrices(workshop):
         groups = parameter_groups(model, OptimConfig(lr=0.01, **given))
         rates = {found["name"]: found["lr"] for found in groups}
         assert rates == {"hidden": 0.01, "embedding": expected, "router": expected}
+
+
+def test_experts_have_a_rate_of_their_own_where_it_is_given(workshop):
+    model = GPT(workshop.recipe("softmax").model)
+    groups = parameter_groups(model, OptimConfig(lr=0.01, expert_lr=0.03, weight_decay=0.2))
+    found = {group["name"]: group for group in groups}
+    assert list(found) == ["hidden", "experts", "router", "embedding"]
+    routed = {name for name, _ in model.named_parameters() if ".experts." in name}
+    assert names(model, found["experts"]) == routed and routed
+    experts = found["experts"]
+    assert (experts["lr"], experts["weight_decay"], experts["muon"]) == (0.03, 0.2, True)
+    assert sorted(experts["fused"]) == sorted("gate_up" in name for name in routed)
+    with pytest.raises(ValueError, match="there are no experts"):
+        workshop.recipe("dense", optim__expert_lr=0.03)
+
+
+def test_an_experts_rate_equal_to_the_others_changes_nothing(workshop):
+    trained = []
+    for rate in (None, 0.01):
+        recipe = workshop.recipe("softmax", optim__lr=0.01, optim__expert_lr=rate)
+        module = Decoder(recipe)
+        (optimizer,), _ = module.configure_optimizers()
+        tokens = torch.arange(2 * 13).view(2, 13) % 50
+        for _ in range(3):
+            module.training_step(tokens, 0)["loss"].backward()
+            module.on_before_optimizer_step(optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-6)
 
 
 def test_adamw_alone_keeps_the_groups_and_drops_muon(workshop):
