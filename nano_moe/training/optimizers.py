@@ -38,7 +38,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     embedding_lr = config.embedding_lr or config.lr
     router_lr = config.router_lr or embedding_lr
     muon, decay = config.name == "muon", config.weight_decay
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         "hidden": {"lr": config.lr, "weight_decay": decay, "muon": muon},
         "experts": {"lr": config.expert_lr, "weight_decay": decay, "muon": muon},
         "router": {"lr": router_lr, "weight_decay": 0.0, "muon": False},
