@@ -1,11 +1,14 @@
 """The runs that a study plans, and that they are as fair as it says."""
 
+from pathlib import Path
+
 import pytest
 
 from nano_moe import recipe_file
 from nano_moe.errors import UserError
 from nano_moe.studies import plan, schema
-from tests.studies.conftest import RECIPES
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 
 def planned(path, extra=None):
