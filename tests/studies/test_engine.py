@@ -191,11 +191,14 @@ def test_a_stopped_study_leaves_checkpoints_and_no_worker(written, small, tmp_pa
     path, root = written(), tmp_path / "studies"
     arguments = [sys.executable, "-c", CHILD, str(path), str(root), json.dumps(extra)]
     study = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
-    while sum(len(rows(run)) > 1 for run in root.glob("*-*")) < 2:
-        time.sleep(0.1)
-        assert study.poll() is None
-    study.send_signal(number)
-    assert study.wait(timeout=60) == (130 if number != signal.SIGKILL else -signal.SIGKILL)
+    try:
+        while sum(len(rows(run)) > 1 for run in root.glob("*-*")) < 2:
+            time.sleep(0.1)
+            assert study.poll() is None
+        study.send_signal(number)
+        assert study.wait(timeout=60) == (130 if number != signal.SIGKILL else -signal.SIGKILL)
+    finally:
+        study.kill()
     for _ in range(600):
         if sum((run / "last.ckpt").is_file() for run in root.glob("*-*")) == 2:
             break
