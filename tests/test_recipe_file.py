@@ -414,7 +414,7 @@ SCRAPS = st.sampled_from(
 def test_whatever_is_written_there_is_a_recipe_or_a_fault_of_one_line(text):
     for source, overrides in ((BASE + text, ()), (text, ()), (BASE, (f"seed={text}", text))):
         try:
-            tree = recipe_file._parse(source, "x.yaml")
+            tree = recipe_file.parse(source, "x.yaml")
             for override in overrides:
                 tree = recipe_file.merge(tree, recipe_file.parse_override(override))
             recipe_file.validate(tree, "x.yaml", Recipe)
