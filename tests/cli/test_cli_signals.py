@@ -80,7 +80,13 @@ def test_ctrl_c_outside_training_is_130_without_a_traceback(shop, monkeypatch):
 
     monkeypatch.setattr("nano_moe.accounting.count", interrupt)
     before = shop.files()
-    status, _, err = shop.run("count", "tiny.yaml")
+    earlier = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # background shells ignore it
+    try:
+        status, _, err = shop.run("count", "tiny.yaml")
+    finally:
+        signal.signal(signal.SIGINT, earlier)
     assert (status, err) == (130, "interrupted\n")
     assert shop.files() == before
 

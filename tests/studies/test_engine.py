@@ -173,9 +173,10 @@ def test_results_are_of_the_runs(todo, written):
 
 
 CHILD = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
 from nano_moe.studies import engine, plan, schema
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
 path, engine.ROOT = Path(sys.argv[1]), Path(sys.argv[2])
 tasks = engine.tasks(plan.plan(path, schema.load(path), json.loads(sys.argv[3])), engine.ROOT)
 try:
