@@ -90,9 +90,9 @@ def test_a_failed_run_is_reported_and_the_others_are_kept(todo):
     engine.shutil.rmtree(broken)
     engine._claim(tasks[0])
     tasks[0].job.run.last.write_text("cut")
-    failed = engine.run_all("study", tasks, workers=2)
+    failed = engine.run_all("study", tasks[:2], workers=2)
     assert list(failed) == ["dense, seed 1"] and "manifest.json" in failed["dense, seed 1"]
-    assert [task.job.result.is_file() for task in tasks] == [False, True, True, True]
+    assert [task.job.result.is_file() for task in tasks[:2]] == [False, True]
 
 
 def test_two_studies_at_once_are_refused(todo):
@@ -186,7 +186,13 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGKILL)),
+    ],
+)
 def test_a_stopped_study_leaves_checkpoints_and_no_worker(written, small, tmp_path, number):
     extra = {**small, "trainer.steps": 100_000, "trainer.save_every": 100_000}
     path, root = written(), tmp_path / "studies"
