@@ -196,13 +196,13 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]] | Any) -> None:
 
 
 def _fault(task: Task, status: int) -> str:
-    """The last line that the worker wrote, and where the others are."""
+    """The last line that the worker wrote, where the others are, and the way out."""
     log = Path(task.job.folder) / LOG
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     said = lines[-1].removeprefix("error: ")[:300] if lines else f"exit status {status}"
     if status < 0:
-        said = f"killed by {signal.Signals(-status).name}; it goes on where it stopped"
-    return f"{said} ({log})"
+        return f"killed by {signal.Signals(-status).name}; it goes on where it stopped"
+    return f"{said}; all of it: {log}; delete {task.job.folder} to begin this run anew"
 
 
 @contextlib.contextmanager
