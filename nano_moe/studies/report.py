@@ -140,7 +140,7 @@ def _share(content: Mapping[str, Any]) -> Iterator[str]:
         return
     had = content["recovered"]
     if had is None:
-        yield "The large model gains nothing, so there is no share of its gain."
+        yield "The large dense model's own gain is not told from zero, so there is no share of it."
         return
     bounds = "" if had["low"] is None else f" ({had['low']:.0%} to {had['high']:.0%})"
     yield (

@@ -137,14 +137,14 @@ def _recovered(
 ) -> dict[str, Any]:
     """The share of a gain in loss that the part has of the whole, and its share of the FLOPs.
 
-    Empty where the study asks for none; None where the whole does not gain for every seed.
+    Empty where the study asks for none; None where the whole's own gain is not told from zero.
     """
     names = study.recovered
     if names is None:
         return {}
     sides = (by_member[name] for name in (names.base, names.part, names.whole))
     base, part, whole = ({seed: run["ce"] for seed, run in side.items()} for side in sides)
-    if any(whole[seed] >= base[seed] for seed in base):
+    if interval([base[seed] - whole[seed] for seed in base]).low <= 0:
         return {"recovered": None}
     shares = {seed: (base[seed] - part[seed]) / (base[seed] - whole[seed]) for seed in base}
     flops = {task.planned.member: _member(task)["train_flops"] for task in done}
