@@ -18,7 +18,7 @@ from nano_moe.errors import UserError
 from nano_moe.runs import git_commit, read_json, versions
 from nano_moe.studies.engine import Task, read_result
 from nano_moe.studies.plan import at, ffn_params
-from nano_moe.studies.schema import Comparison, Study, StudyFile
+from nano_moe.studies.schema import Comparison, Recovered, Study, StudyFile
 from nano_moe.studies.statistics import Interval, interval, verdict
 
 WITHHELD = "withheld: a smoke test"
@@ -51,8 +51,9 @@ def collect(
     if study.grid is not None:
         return {**content, "grid": _grid(study, runs)}
     by_member = _by_member(runs)
-    content["comparisons"] = [_compare(one, by_member, smoke) for one in study.comparisons]
-    content |= _recovered(study, by_member, done)
+    content["comparisons"] = [compare(one, by_member, smoke) for one in study.comparisons]
+    if study.recovered is not None:
+        content["recovered"] = recovered(study.recovered, by_member, content["members"])
     content["curves"] = _curves(found)
     if study.figure == "balance":
         content["balance"] = _balance(found)
@@ -96,7 +97,7 @@ def _by_member(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, 
     return found
 
 
-def _compare(
+def compare(
     comparison: Comparison, by_member: dict[str, dict[int, dict[str, Any]]], smoke: bool
 ) -> dict[str, Any]:
     """A comparison's gain per seed, its interval, and the verdict by the study's rule."""
@@ -132,29 +133,27 @@ def as_json(of: Interval) -> dict[str, float | int | None]:
     }
 
 
-def _recovered(
-    study: Study, by_member: dict[str, dict[int, dict[str, Any]]], done: Sequence[Task]
-) -> dict[str, Any]:
+def recovered(
+    names: Recovered,
+    by_member: dict[str, dict[int, dict[str, Any]]],
+    members: dict[str, dict[str, Any]],
+) -> dict[str, Any] | None:
     """The share of a gain in loss that the part has of the whole, and its share of the FLOPs.
 
-    Empty where the study asks for none; None where the whole's own gain is not told from zero.
+    None where the whole's own gain is not told from zero.
     """
-    names = study.recovered
-    if names is None:
-        return {}
     sides = (by_member[name] for name in (names.base, names.part, names.whole))
     base, part, whole = ({seed: run["ce"] for seed, run in side.items()} for side in sides)
     if interval([base[seed] - whole[seed] for seed in base]).low <= 0:
-        return {"recovered": None}
+        return None
     shares = {seed: (base[seed] - part[seed]) / (base[seed] - whole[seed]) for seed in base}
-    flops = {task.planned.member: _member(task)["train_flops"] for task in done}
-    found = {
+    flops = {name: members[name]["train_flops"] for name in (names.part, names.whole)}
+    return {
         **names.model_dump(),
         "shares": {str(seed): share for seed, share in shares.items()},
         **as_json(interval(list(shares.values()))),
         "flops_share": flops[names.part] / flops[names.whole],
     }
-    return {"recovered": found}
 
 
 def _grid(study: Study, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
