@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.step_ratio is not None and not 0 < args.step_ratio < math.inf:
         raise UserError(
-            f"--step-ratio {args.step_ratio:g}: a sparse step's time over a dense one's"
+            f"--step-ratio {args.step_ratio:g}: a sparse step's time over a dense one's, above 0"
         )
     dense, sparse = ([runs.find(name) for name in names] for names in (args.dense, args.sparse))
     rows = break_even(dense, sparse)

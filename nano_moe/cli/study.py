@@ -38,14 +38,18 @@ def run(args: argparse.Namespace) -> int:
 
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
+    if args.action != "run" and args.tier != "full":
+        raise UserError(f"study {args.action}: is of full runs alone; drop --tier")
     if args.action == "report":
+        if args.study:
+            raise UserError("study report: is of all finished studies; name none")
         return _report(args)
     chosen = [library.find(name) for name in args.study] or library.everything()
     if not chosen:
-        raise UserError(f"{library.STUDIES}: holds no study")
+        raise UserError(f"{library.STUDIES}: holds no study; restore the folder")
     act = _verify if args.action == "verify" else _smoke if args.tier == "smoke" else _run
     statuses = [_guarded(act, found, args) for found in library.in_running_order(chosen)]
-    if args.action == "run" and args.tier == "full":
+    if args.action == "run" and args.tier == "full" and 0 in statuses:
         _report(args)
     return max(statuses)
 

@@ -95,9 +95,12 @@ def tasks(planned: Sequence[Planned], root: Path = ROOT, *, smoke: bool = False)
 
 def read_result(job: Job) -> dict[str, Any]:
     """The figures of a finished job; raises UserError where they are damaged."""
-    found = runs.read_json(job.result)
+    try:
+        found = runs.read_json(job.result)
+    except UserError:
+        found = {}
     if found.get("key") != job.key:
-        raise UserError(f"{job.result}: of another run; delete {job.folder} and run again")
+        raise UserError(f"{job.result}: damaged, or of another run; delete it and run again")
     return found
 
 

@@ -53,9 +53,9 @@ def find(name: str, folder: Path = STUDIES) -> Found:
     path = folder / f"{name}.yaml"
     if not path.is_file():
         names = sorted(p.stem for p in folder.glob("*.yaml"))
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
-        raise UserError(f"study '{name}': no file {path}; {known}")
+        close = difflib.get_close_matches(Path(name).stem, names, n=1, cutoff=0.5)
+        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
+        raise UserError(f"study '{name}': no such study in {folder}; {known}")
     return Found(name, path, load(path))
 
 
@@ -74,6 +74,7 @@ def run(found: Found, *, workers: int | None = None) -> Outcome:
     """Do what is left of a study and write its results file; none while runs are missing."""
     planned = plan(found.path, found.study, FULL)
     check_fair(found.path, found.study, planned)
+    check_classes(found)
     check_tuned(found, planned)
     rule_commit = results.introduced(found.path, found.study.rule)
     todo = engine.tasks(planned)
@@ -96,11 +97,6 @@ def check_tuned(found: Found, planned: Sequence[Planned]) -> None:
         if member is None or member.tuned_as is None:
             continue
         grid = results.read(found.path.parent / "results" / f"{GRID}.json")["grid"]["members"]
-        if member.tuned_as not in grid:
-            raise UserError(
-                f"{found.path}: study.members.{one.member}.tuned_as: the grid of {GRID}.yaml has "
-                f"no {member.tuned_as}; there are {', '.join(grid)}"
-            )
         best = grid[member.tuned_as]["best"]
         if one.recipe.optim.lr != best:
             raise UserError(
@@ -109,8 +105,20 @@ def check_tuned(found: Found, planned: Sequence[Planned]) -> None:
             )
 
 
+def check_classes(found: Found) -> None:
+    """Raises UserError where a member is tuned as what the grid does not know."""
+    known = find(GRID, found.path.parent).study.members if found.name != GRID else {}
+    for name, member in found.study.members.items():
+        if member.tuned_as is not None and member.tuned_as not in known:
+            raise UserError(
+                f"{found.path}: study.members.{name}.tuned_as: {GRID}.yaml has no "
+                f"'{member.tuned_as}'; there are {', '.join(known)}"
+            )
+
+
 def smoke(found: Found) -> dict[str, Any]:
     """The same on models of a few weights and a made-up text, in this process; no verdicts."""
+    check_classes(found)
     few = found.study.model_copy(update={"seeds": found.study.seeds[:SMOKE_SEEDS]})
     check_fair(found.path, few, plan(found.path, few, FULL))
     threads = torch.get_num_threads()
@@ -145,6 +153,7 @@ def verify(found: Found, seed: int | None = None) -> dict[str, Any]:
     UserError where the results are of other recipes, text, sources or threads than are here now.
     """
     stored = results.read(found.results)
+    check_rule(found, stored)
     planned = plan(found.path, found.study, FULL)
     todo = [task for task in engine.tasks(planned) if not task.job.measure]
     task = random.Random(seed).choice(todo)
@@ -173,6 +182,16 @@ def verify(found: Found, seed: int | None = None) -> dict[str, Any]:
         "same_machine": same,
         "holds": abs(after["ce"] - before["ce"]) <= within,
     }
+
+
+def check_rule(found: Found, stored: dict[str, Any]) -> None:
+    """Raises UserError where results were read by another rule than the file states now."""
+    if stored["rule"] != found.study.rule:
+        raise UserError(
+            f"{found.results}: by rule {stored['rule'][:12]}, and {found.path} states "
+            f"{found.study.rule[:12]} now; undo the change, or run: "
+            f"make reproduce STUDY={found.name}"
+        )
 
 
 def _stored_run(stored: dict[str, Any], planned: Planned, found: Found) -> dict[str, Any]:

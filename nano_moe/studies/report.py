@@ -12,7 +12,7 @@ from nano_moe.errors import UserError
 from nano_moe.files import replacing, write_text
 from nano_moe.studies import results
 from nano_moe.studies.figures import UNITS, draw
-from nano_moe.studies.library import STUDIES, Found, everything
+from nano_moe.studies.library import STUDIES, Found, check_rule, everything
 
 BEGIN, END = "<!-- verdicts: written by make report -->", "<!-- end of verdicts -->"
 RESULTS = "recipes/studies/results"
@@ -35,6 +35,8 @@ def write(folder: Path = STUDIES, readme: Path = README) -> list[Path]:
     found = [(one, results.read(one.results)) for one in everything(folder) if _has_results(one)]
     if not found:
         raise UserError(f"{folder / 'results'}: no results yet; run: make reproduce")
+    for one, content in found:
+        check_rule(one, content)
     written = []
     for one, content in found:
         picture = one.results.with_suffix(".png")

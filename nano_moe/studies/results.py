@@ -243,7 +243,10 @@ def read(path: Path) -> dict[str, Any]:
     """A study's results file; raises UserError where it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path}: no results yet; run: make reproduce STUDY={path.stem}")
-    found = read_json(path)
+    try:
+        found = read_json(path)
+    except UserError:
+        found = {}
     if "runs" not in found or "rule" not in found:
-        raise UserError(f"{path}: not results of a study; restore it, or run the study again")
+        raise UserError(f"{path}: not results of a study; restore it, or delete it and run again")
     return found
