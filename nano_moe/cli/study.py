@@ -12,7 +12,7 @@ from nano_moe.cli.output import figure, print_json, print_table
 from nano_moe.errors import UserError
 
 if TYPE_CHECKING:
-    from nano_moe.studies.library import Found
+    from nano_moe.studies.catalogue import Found
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nano_moe.studies import library
+    from nano_moe.studies import catalogue
 
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
         if args.study:
             raise UserError("study report: is of all finished studies; name none")
         return _report(args)
-    chosen = [library.find(name) for name in args.study] or library.everything()
+    chosen = [catalogue.find(name) for name in args.study] or catalogue.everything()
     if not chosen:
-        raise UserError(f"{library.STUDIES}: holds no study; restore the folder")
+        raise UserError(f"{catalogue.STUDIES}: holds no study; restore the folder")
     act = _verify if args.action == "verify" else _smoke if args.tier == "smoke" else _run
-    statuses = [_guarded(act, found, args) for found in library.in_running_order(chosen)]
+    statuses = [_guarded(act, found, args) for found in catalogue.in_running_order(chosen)]
     if args.action == "run" and args.tier == "full" and 0 in statuses:
         _report(args)
     return max(statuses)
@@ -66,10 +66,10 @@ def _guarded(
 
 
 def _run(found: Found, args: argparse.Namespace) -> int:
-    from nano_moe.studies import library
+    from nano_moe.studies import catalogue
 
     try:
-        outcome = library.run(found, workers=args.workers)
+        outcome = catalogue.run(found, workers=args.workers)
     except KeyboardInterrupt:
         print(f"go on with: make reproduce STUDY={found.name}", file=sys.stderr)
         raise
@@ -83,16 +83,16 @@ def _run(found: Found, args: argparse.Namespace) -> int:
 
 
 def _smoke(found: Found, args: argparse.Namespace) -> int:
-    from nano_moe.studies import library
+    from nano_moe.studies import catalogue
 
-    _print(library.smoke(found), args)
+    _print(catalogue.smoke(found), args)
     return 0
 
 
 def _verify(found: Found, args: argparse.Namespace) -> int:
-    from nano_moe.studies import library
+    from nano_moe.studies import catalogue
 
-    outcome = library.verify(found, args.seed)
+    outcome = catalogue.verify(found, args.seed)
     if args.json:
         print_json(outcome)
     else:

@@ -93,16 +93,21 @@ def _legend(axes: Axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
 
+def _band(
+    axes: Axes, number: int, label: str, at: Sequence[float], band: Mapping[str, Any]
+) -> None:
+    """A member's mean over its seeds, and the room between the lowest and the highest."""
+    skipped = len(band["mean"]) - len(at)
+    mean, low, high = (band[name][skipped:] for name in ("mean", "low", "high"))
+    axes.plot(at, mean, label=label, **_look(number))
+    axes.fill_between(at, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.15, lw=0)
+
+
 def _curves(axes: Axes, content: Mapping[str, Any]) -> None:
     """Training loss of tokens not seen before, a band per member; the first tenth is left out."""
     for number, (member, band) in enumerate(content["curves"].items()):
         start = len(band["at"]) // 10
-        tokens = [at / 1e6 for at in band["at"]][start:]
-        axes.plot(tokens, band["mean"][start:], label=member, **_look(number))
-        axes.fill_between(
-            tokens, band["low"][start:], band["high"][start:],
-            color=COLOURS[number % len(COLOURS)], alpha=0.15, lw=0,
-        )  # fmt: skip
+        _band(axes, number, member, [at / 1e6 for at in band["at"]][start:], band)
     axes.set_xlabel("million tokens")
     axes.set_ylabel("training cross-entropy, nats per token")
     _legend(axes)
@@ -127,12 +132,7 @@ def _balance(axes: Axes, content: Mapping[str, Any]) -> None:
     for number, (member, figures) in enumerate(content["balance"].items()):
         layers = figures["max_vio"]
         layer = max(layers, key=lambda name: layers[name]["mean"][-1])
-        band = layers[layer]
-        axes.plot(band["at"], band["mean"], label=f"{member} (layer {layer})", **_look(number))
-        axes.fill_between(
-            band["at"], band["low"], band["high"],
-            color=COLOURS[number % len(COLOURS)], alpha=0.15, lw=0,
-        )  # fmt: skip
+        _band(axes, number, f"{member} (layer {layer})", layers[layer]["at"], layers[layer])
     axes.set_xlabel("step")
     axes.set_ylabel("MaxVio (busiest expert over mean, minus 1)")
     _legend(axes)

@@ -11,8 +11,8 @@ from typing import Any
 from nano_moe.errors import UserError
 from nano_moe.files import replacing, write_text
 from nano_moe.studies import results
+from nano_moe.studies.catalogue import STUDIES, Found, check_rule, everything
 from nano_moe.studies.figures import UNITS, draw
-from nano_moe.studies.library import STUDIES, Found, check_rule, everything
 
 BEGIN, END = "<!-- verdicts: written by make report -->", "<!-- end of verdicts -->"
 RESULTS = "recipes/studies/results"

@@ -8,9 +8,9 @@ import subprocess
 import pytest
 
 from nano_moe import recipe_file
-from nano_moe.studies import library, plan, report, results
+from nano_moe.studies import catalogue, plan, report, results
 
-STUDIES = library.everything()
+STUDIES = catalogue.everything()
 FINISHED = [one for one in STUDIES if one.results.is_file()]
 by_name = pytest.mark.parametrize("found", STUDIES, ids=lambda one: one.name)
 finished = pytest.mark.parametrize("found", FINISHED, ids=lambda one: one.name)
@@ -27,7 +27,7 @@ def test_the_first_studies_are_there():
 
 @by_name
 def test_a_study_is_fair_and_its_runs_are_of_one_budget(found):
-    planned = plan.plan(found.path, found.study, library.FULL)
+    planned = plan.plan(found.path, found.study, catalogue.FULL)
     plan.check_fair(found.path, found.study, planned)
     trained = [one for one in planned if not one.measure]
     assert len({one.recipe.tokens_per_step for one in trained}) == 1
@@ -36,7 +36,7 @@ def test_a_study_is_fair_and_its_runs_are_of_one_budget(found):
 
 @by_name
 def test_a_study_runs_in_small_and_withholds_its_verdicts(found):
-    content = library.smoke(found)
+    content = catalogue.smoke(found)
     json.dumps(content, allow_nan=False)
     verdicts = {one["verdict"] for one in content.get("comparisons", [])}
     assert verdicts <= {results.WITHHELD}
@@ -47,7 +47,7 @@ def test_a_study_runs_in_small_and_withholds_its_verdicts(found):
 @by_name
 def test_a_member_takes_the_best_rate_of_its_class(found):
     planned = plan.plan(found.path, found.study)
-    library.check_tuned(found, planned)
+    catalogue.check_tuned(found, planned)
     for one in planned:
         tuned = [name for name in found.study.members if name == one.member]
         if tuned and not one.measure:
@@ -83,7 +83,7 @@ def test_results_have_every_run_and_no_optimum_at_an_edge(found):
 @finished
 def test_results_are_of_the_recipes_that_are_here(found):
     stored = results.read(found.results)["members"]
-    for one in plan.plan(found.path, found.study, library.FULL):
+    for one in plan.plan(found.path, found.study, catalogue.FULL):
         assert stored[one.member]["recipe"] == results.what_runs(one.recipe), one.member
 
 
@@ -114,7 +114,7 @@ def test_readme_and_report_say_what_the_results_say():
     found = [(one, results.read(one.results)) for one in FINISHED]
     block = README.split(report.BEGIN)[1].split(report.END)[0]
     assert block == "\n" + report.readme_block(found)
-    document = library.STUDIES / "results" / "RESULTS.md"
+    document = catalogue.STUDIES / "results" / "RESULTS.md"
     sections = [report._section(one, content) for one, content in found]
     assert document.read_text(encoding="utf-8") == "\n".join([report.HEAD, *sections])
     for one in FINISHED:
@@ -123,7 +123,7 @@ def test_readme_and_report_say_what_the_results_say():
 
 @has_results
 def test_every_anchor_of_the_readme_is_a_heading():
-    text = (library.STUDIES / "results" / "RESULTS.md").read_text(encoding="utf-8")
+    text = (catalogue.STUDIES / "results" / "RESULTS.md").read_text(encoding="utf-8")
     headings = {report.anchor(line[3:]) for line in text.splitlines() if line.startswith("## ")}
     block = README.split(report.BEGIN)[1].split(report.END)[0]
     named = {part.split(")")[0] for part in block.split("RESULTS.md#")[1:]}
@@ -131,7 +131,7 @@ def test_every_anchor_of_the_readme_is_a_heading():
 
 
 def test_a_resolved_recipe_of_a_study_trains_alone(tmp_path):
-    one = plan.plan(STUDIES[0].path, STUDIES[0].study, library.FULL)[0]
+    one = plan.plan(STUDIES[0].path, STUDIES[0].study, catalogue.FULL)[0]
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_file.dump(one.recipe))
     assert recipe_file.load(path) == one.recipe

@@ -7,17 +7,17 @@ import pytest
 
 from nano_moe.cli.main import main
 from nano_moe.errors import UserError
-from nano_moe.studies import library, report
+from nano_moe.studies import catalogue, report
 
 
 @pytest.fixture
 def shelf(written, tmp_path):
     """A folder of studies: the tests' own and the grid."""
-    shutil.copy(library.STUDIES / "learning-rates.yaml", tmp_path)
+    shutil.copy(catalogue.STUDIES / "learning-rates.yaml", tmp_path)
 
     def make(*changes):
         written(*changes)
-        return library.find("study", tmp_path)
+        return catalogue.find("study", tmp_path)
 
     return make
 
@@ -26,13 +26,13 @@ def test_a_study_is_found_by_its_name_alone(shelf, tmp_path):
     assert shelf().study.title == "Does it pay"
     for name in ("studdy", "recipes/studies/study.yaml", "../study"):
         with pytest.raises(UserError, match="did you mean study"):
-            library.find(name, tmp_path)
+            catalogue.find(name, tmp_path)
 
 
 def test_a_class_that_the_grid_does_not_know_is_refused_before_any_run(shelf):
     found = shelf(("sparse:\n", "sparse:\n      tuned_as: top-22\n"))
     with pytest.raises(UserError, match="has no 'top-22'; there are dense, dense-total"):
-        library.smoke(found)
+        catalogue.smoke(found)
 
 
 def results_of(found, **fields):
@@ -43,28 +43,28 @@ def results_of(found, **fields):
 
 def test_a_member_must_take_the_best_rate_of_its_class(shelf, tmp_path):
     found = shelf(("sparse:\n", "sparse:\n      tuned_as: top-2\n"))
-    planned = library.plan(found.path, found.study)
+    planned = catalogue.plan(found.path, found.study)
     with pytest.raises(UserError, match="no results yet; run: make reproduce STUDY=learning-rates"):
-        library.check_tuned(found, planned)
-    grid = library.find("learning-rates", tmp_path)
+        catalogue.check_tuned(found, planned)
+    grid = catalogue.find("learning-rates", tmp_path)
     results_of(grid, grid={"members": {"top-2": {"best": 0.005}}})
-    library.check_tuned(found, planned)
+    catalogue.check_tuned(found, planned)
     results_of(grid, grid={"members": {"top-2": {"best": 0.01}}})
     with pytest.raises(UserError, match="optim.lr is 0.005, and 0.01 is best for top-2"):
-        library.check_tuned(found, planned)
+        catalogue.check_tuned(found, planned)
 
 
 def test_results_of_another_rule_are_neither_reported_nor_verified(shelf, tmp_path):
     results_of(shelf())
     changed = shelf(("0.02", "0.5"))
     with pytest.raises(UserError, match="undo the change"):
-        library.verify(changed)
+        catalogue.verify(changed)
     with pytest.raises(UserError, match="undo the change"):
         report.write(tmp_path, tmp_path / "README.md")
 
 
 def test_grids_run_first():
-    names = [one.name for one in library.in_running_order(library.everything())]
+    names = [one.name for one in catalogue.in_running_order(catalogue.everything())]
     assert names[0] == "learning-rates" and names[1] == "sparse-vs-dense"
 
 
