@@ -25,7 +25,7 @@ FULL: dict[str, Value] = {
     "trainer.val_every": 1_000_000,  # the end alone: what is trained on is not seen twice
     "trainer.save_every": 100,  # at most a minute of work is lost
 }
-ELSEWHERE = 0.02  # nats that rounding on another machine may move a grid's run
+ROUNDING = 0.02  # nats that rounding on another machine may move a grid's run
 SMOKE_WORDS, SMOKE_SEEDS = 5_000, 2
 
 
@@ -92,16 +92,18 @@ def run(found: Found, *, workers: int | None = None) -> Outcome:
 
 def check_tuned(found: Found, planned: Sequence[Planned]) -> None:
     """Raises UserError where a member does not take the best rate of its class of the grid."""
-    for one in planned:
-        member = found.study.members.get(one.member)
-        if member is None or member.tuned_as is None:
-            continue
-        grid = results.read(found.path.parent / "results" / f"{GRID}.json")["grid"]["members"]
-        best = grid[member.tuned_as]["best"]
-        if one.recipe.optim.lr != best:
+    members = found.study.members.items()
+    classes = {name: member.tuned_as for name, member in members if member.tuned_as is not None}
+    if not classes:
+        return
+    grid = results.read(found.path.parent / "results" / f"{GRID}.json")["grid"]["members"]
+    rates = {one.member: one.recipe.optim.lr for one in planned}
+    for name, tuned_as in classes.items():
+        best = grid[tuned_as]["best"]
+        if rates[name] != best:
             raise UserError(
-                f"{found.path}: study.members.{one.member}: optim.lr is {one.recipe.optim.lr:g}, "
-                f"and {best:g} is best for {member.tuned_as}; set it to that"
+                f"{found.path}: study.members.{name}: optim.lr is {rates[name]:g}, and {best:g} is "
+                f"best for {tuned_as}; set it to that"
             )
 
 
@@ -121,7 +123,7 @@ def smoke(found: Found) -> dict[str, Any]:
     check_classes(found)
     few = found.study.model_copy(update={"seeds": found.study.seeds[:SMOKE_SEEDS]})
     check_fair(found.path, few, plan(found.path, few, FULL))
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads()  # a job sets its own
     with text_folder(SMOKE_WORDS) as (folder, text):
         planned = plan(found.path, few, {**FULL, **_small(text)})
         todo = engine.tasks(planned, folder / "studies", smoke=True)
@@ -171,9 +173,10 @@ def verify(found: Found, seed: int | None = None) -> dict[str, Any]:
         raise UserError(f"{task.name}: {failed[task.name]}")
     after = engine.read_result(again[0].job)
     shutil.rmtree(again[0].job.folder)
-    same = after["machine"]["cpu"] == before["machine"]
+    made_with = (after["machine"]["cpu"], after["versions"]["torch"])
+    same = made_with == (before["machine"], before["torch"])
     effects = [one.smallest_effect for one in found.study.comparisons]
-    within = 0.0 if same else min(effects, default=ELSEWHERE)
+    within = 0.0 if same else min(effects, default=ROUNDING)
     return {
         "study": found.name,
         "run": task.name,

@@ -25,12 +25,13 @@ def step_times(
 
     On all cores, where runs of a study take one each: a user of one machine waits for all of it.
     """
+    before = torch.get_num_threads()
     get_ready(n_cores())
     recipes = {one.member: one.recipe for one in planned if one.member in study.step_times}
     steps = {name: BareStep(Decoder(of), RandomTokens(of)) for name, of in recipes.items()}
     timings = interleave({name: one.run for name, one in steps.items()}, budget)
     base = next(iter(study.step_times))
-    torch.set_num_threads(1)
+    torch.set_num_threads(before)
     return {
         name: {"rule": study.step_times[name], "measured": list(timings.ratio(name, base)),
                "rounds": timings.rounds}

@@ -6,6 +6,7 @@ import json
 import subprocess
 
 import pytest
+import torch
 
 from nano_moe import recipe_file
 from nano_moe.studies import catalogue, plan, report, results
@@ -36,7 +37,9 @@ def test_a_study_is_fair_and_its_runs_are_of_one_budget(found):
 
 @by_name
 def test_a_study_runs_in_small_and_withholds_its_verdicts(found):
+    threads = torch.get_num_threads()
     content = catalogue.smoke(found)
+    assert torch.get_num_threads() == threads
     json.dumps(content, allow_nan=False)
     verdicts = {one["verdict"] for one in content.get("comparisons", [])}
     assert verdicts <= {results.WITHHELD}
