@@ -163,13 +163,15 @@ def _of_member(content: Mapping[str, Any], member: str, figure: str) -> list[flo
 
 def _grid(axes: Axes, content: Mapping[str, Any]) -> None:
     """Final validation loss over the values, a line per member."""
+    values = [float(value) for value in next(iter(content["grid"]["members"].values()))["ce"]]
     for number, (member, row) in enumerate(content["grid"]["members"].items()):
-        values = [float(value) for value in row["ce"]]
         marker = MARKERS[number % len(MARKERS)]
         axes.plot(
             values, list(row["ce"].values()), marker=marker, ms=4, label=member, **_look(number)
         )
     axes.set_xscale("log")
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
     axes.set_xlabel(content["grid"]["field"])
     axes.set_ylabel("validation cross-entropy, nats per token")
     _legend(axes)
