@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first target that needs it creates.
+# Everything runs in VENV, which the first target that needs it creates.
 # Any recipe field is an override: make train model.moe.top_k=4 optim.lr=0.01
 
 RECIPE = recipes/mixtral.yaml
@@ -6,8 +6,8 @@ PROMPT = The
 PORT = 6006
 PYTHON ?= python3
 TORCH_ARGS ?=
+VENV = .venv
 
-VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NANO := $(BIN)/python -m nano_moe
@@ -16,7 +16,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 # What was given on make's command line and is no variable of this file goes to the recipe.
 # (make takes `a.b=c` as a variable of its own, so a plain target would silently drop it.)
-OWN := RECIPE RUN RUNS STUDY TIER DENSE SPARSE STEP_RATIO NAME PROMPT PORT PYTHON TORCH_ARGS ARGS LITGPT_PYTHON
+OWN := RECIPE RUN RUNS STUDY TIER DENSE SPARSE STEP_RATIO NAME PROMPT PORT PYTHON TORCH_ARGS VENV ARGS LITGPT_PYTHON
 # Only the command line counts: a NAME or PORT of the shell's environment is not meant for us.
 given = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
 quote = '$(subst ','\'',$(1))'

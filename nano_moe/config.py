@@ -83,7 +83,7 @@ class MoEConfig(Section):
     score: Literal["softmax", "sigmoid"] = Field(
         default="softmax", description="how router logits become scores"
     )
-    normalize_top_k: bool | Literal["even_top_1"] | None = Field(
+    normalize_top_k: Literal[True, False, "even_top_1"] | None = Field(
         default=None,
         description="divide the chosen scores by their sum; omitted: true for top_k > 1; "
         "even_top_1: for one, too, which leaves the router without gradient: a demo of that fault",

@@ -152,7 +152,7 @@ def parse(text: str, source: str) -> Tree:
         first = str(error).splitlines()[0] if str(error) else "unreadable"
         raise UserError(f"{source}: not YAML ({first}); mend the file") from None
     if not isinstance(node, CommentedMap):
-        raise UserError(f"{source}: a recipe is a mapping of fields; this file holds none")
+        raise UserError(f"{source}: holds no fields; write them as in recipes/mixtral.yaml")
     values = _plain(node, source)
     return Tree(values, dict(_origins(node, source, ())))
 
@@ -244,7 +244,7 @@ def _merge_values(under: Any, over: Any) -> Any:
 
 
 def _describe(fault: Any, tree: Tree, source: str, schema: type[BaseModel]) -> str:
-    keys = tuple(str(part) for part in fault["loc"])
+    keys = _without_kinds(tuple(str(part) for part in fault["loc"]))
     message, remedy_needed = _message(fault, keys)
     error = fault.get("ctx", {}).get("error")
     if isinstance(error, FieldFault):
@@ -252,6 +252,11 @@ def _describe(fault: Any, tree: Tree, source: str, schema: type[BaseModel]) -> s
     where = _origin(keys, tree.origins, source)
     hint = _did_you_mean(keys, schema) if remedy_needed else ""
     return f"{where}: {'.'.join(keys)}: {message}{hint}"
+
+
+def _without_kinds(keys: Keys) -> Keys:
+    """Without the kind of value that a field of several kinds was tried as."""
+    return keys[:-1] if keys[-1:] and keys[-1] in ("bool", "int", "float", "str") else keys
 
 
 def _origin(keys: Keys, origins: dict[Keys, str], source: str) -> str:
@@ -272,6 +277,8 @@ def _message(fault: Any, keys: Keys) -> tuple[str, bool]:
         return str(ctx["error"]), False
     if kind == "literal_error":
         return f"{_as_yaml(given)} is not one of {ctx['expected']}", False
+    if kind == "too_short":
+        return f"must have at least {ctx['min_length']} of them, not {len(given)}", False
     wants = {
         "int_type": "a whole number",
         "int_from_float": "a whole number",

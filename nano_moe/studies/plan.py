@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +66,7 @@ def _planned(
 ) -> Planned:
     overrides = [f"{key}={json.dumps(value)}" for key, value in {**fields, "seed": seed}.items()]
     where = f"{path}: study.members.{name}"
-    file = path.parent / member.recipe
+    file = Path(os.path.normpath(path.parent / member.recipe))
     try:
         recipe = recipe_file.load(file, overrides)
     except UserError as error:

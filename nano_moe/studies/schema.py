@@ -17,7 +17,6 @@ from nano_moe import recipe_file
 from nano_moe.config import FieldFault, Section
 from nano_moe.errors import UserError
 
-Value = bool | int | float | str | None
 TRAINED = (
     "ce", "bpb", "max_vio", "max_share", "dead_experts", "starved_experts", "load_entropy",
 )  # fmt: skip
@@ -28,6 +27,15 @@ Figure = Literal[
 ]  # fmt: skip
 Equal = Literal["seeds", "tokens", "flops", "time", "active", "total"]
 Item = TypeVar("Item")
+
+
+def _single(given: Any) -> Any:
+    if isinstance(given, list | dict):
+        raise ValueError("must be a single value; give each field of a block its own line")
+    return given
+
+
+Value = Annotated[bool | int | float | str | None, BeforeValidator(_single)]
 
 
 def _a_list_will_do(given: Any) -> Any:
