@@ -244,7 +244,7 @@ def _merge_values(under: Any, over: Any) -> Any:
 
 
 def _describe(fault: Any, tree: Tree, source: str, schema: type[BaseModel]) -> str:
-    keys = _without_kinds(tuple(str(part) for part in fault["loc"]))
+    keys = tuple(str(part) for part in fault["loc"])
     message, remedy_needed = _message(fault, keys)
     error = fault.get("ctx", {}).get("error")
     if isinstance(error, FieldFault):
@@ -252,11 +252,6 @@ def _describe(fault: Any, tree: Tree, source: str, schema: type[BaseModel]) -> s
     where = _origin(keys, tree.origins, source)
     hint = _did_you_mean(keys, schema) if remedy_needed else ""
     return f"{where}: {'.'.join(keys)}: {message}{hint}"
-
-
-def _without_kinds(keys: Keys) -> Keys:
-    """Without the kind of value that a field of several kinds was tried as."""
-    return keys[:-1] if keys[-1:] and keys[-1] in ("bool", "int", "float", "str") else keys
 
 
 def _origin(keys: Keys, origins: dict[Keys, str], source: str) -> str:

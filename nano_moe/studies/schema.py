@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -30,7 +31,9 @@ Item = TypeVar("Item")
 
 
 def _single(given: Any) -> Any:
-    if isinstance(given, list | dict):
+    if isinstance(given, float) and not math.isfinite(given):
+        raise ValueError("must be a finite number")
+    if not isinstance(given, bool | int | float | str | None):
         raise ValueError("must be a single value; give each field of a block its own line")
     return given
 
