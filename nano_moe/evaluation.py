@@ -129,7 +129,7 @@ def evaluate(model: GPT, corpus: Corpus, *, batch_size: int, precision: str) -> 
     tokens = torch.zeros(len(corpus.domains), dtype=torch.int64)
     tally = RoutingTally(len(corpus.domains), model.config.vocab_size)
     try:
-        for inputs, targets, domain_ids in _batches(corpus, model.config.context, batch_size):
+        for inputs, targets, domain_ids in batches(corpus, model.config.context, batch_size):
             inputs = inputs.to(device)
             with autocast(device, precision):
                 logits, routings = model(inputs)
@@ -149,7 +149,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _batches(
+def batches(
     corpus: Corpus, context: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(B, T) inputs, (B, T) targets, (B*T,) domain ids; the short last window comes alone."""

@@ -84,7 +84,7 @@ def run(found: Found, *, workers: int | None = None) -> Outcome:
     content = results.collect(found.name, found.study, todo, rule_commit=rule_commit)
     found.results.parent.mkdir(exist_ok=True)
     write_json(found.results, content)
-    if found.study.step_times:
+    if found.study.step_times or found.study.timed:
         content["step_times"] = clock.step_times(found.study, planned)
         write_json(found.results, content)
     return Outcome(content, {})
@@ -132,7 +132,7 @@ def smoke(found: Found) -> dict[str, Any]:
         finally:
             torch.set_num_threads(threads)
         content = results.collect(found.name, few, todo, smoke=True)
-    if few.step_times:
+    if few.step_times or few.timed:
         content["step_times"] = clock.step_times(few, planned, QUICK_TIMING)
     return content
 
@@ -157,7 +157,8 @@ def verify(found: Found, seed: int | None = None) -> dict[str, Any]:
     stored = results.read(found.results)
     check_rule(found, stored)
     planned = plan(found.path, found.study, FULL)
-    todo = [task for task in engine.tasks(planned) if not task.job.measure]
+    whole = [one for one in planned if not one.measure and one.source is None]
+    todo = engine.tasks(whole)
     task = random.Random(seed).choice(todo)
     before = _stored_run(stored, task.planned, found)
     if before["key"] != task.job.key:

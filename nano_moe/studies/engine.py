@@ -21,12 +21,12 @@ from typing import Any
 from tqdm import tqdm
 
 from nano_moe import recipe_file, runs
-from nano_moe.accounting import count
 from nano_moe.bench.machine import n_cores
+from nano_moe.config import Recipe
 from nano_moe.device import check_memory, choose_device
 from nano_moe.errors import UserError
 from nano_moe.studies.keys import run_key
-from nano_moe.studies.plan import Planned
+from nano_moe.studies.plan import Planned, train_flops
 from nano_moe.studies.worker import Job, work
 from nano_moe.text.store import prepare
 
@@ -38,9 +38,10 @@ POLL = 0.5  # seconds
 
 @dataclass(frozen=True)
 class Task:
-    """A planned run and the job that does it."""
+    """A planned run, the recipe that it trains, and the job that does it."""
 
     planned: Planned
+    recipe: Recipe
     job: Job
 
     @property
@@ -50,17 +51,16 @@ class Task:
     @property
     def cost(self) -> int:
         """Training FLOPs, for the share that is done."""
-        recipe = self.planned.recipe
-        steps = 1 if self.job.measure else recipe.trainer.steps
-        return steps * recipe.tokens_per_step * count(recipe).train_flops_per_token
+        share = 1 / self.recipe.trainer.steps if self.job.measure else 1
+        return int(train_flops(self.recipe) * share)
 
     def spent(self) -> float:
         """Share of the steps that are done."""
-        if self.job.result.is_file():
+        if self.job.done:
             return 1.0
         with contextlib.suppress(OSError, ValueError, IndexError):
             last = self.job.run.metrics_file.read_text(encoding="utf-8").splitlines()[-1]
-            return min(int(last.split(",")[0]) / self.planned.recipe.trainer.steps, 1.0)
+            return min(int(last.split(",")[0]) / self.recipe.trainer.steps, 1.0)
         return 0.0
 
 
@@ -71,26 +71,39 @@ def tasks(planned: Sequence[Planned], root: Path = ROOT, *, smoke: bool = False)
     """
     corpora: dict[str, str] = {}
     folders: dict[str, Path] = {}
-    found = []
-    for one in planned:
-        recipe = one.recipe
+    found: dict[tuple[str, int], Task] = {}
+    for one in sorted(planned, key=lambda one: one.source is not None):
+        recipe = one.recipe if one.source is None else _from(one.recipe, found[one.source])
         check_memory(recipe)
-        corpus = None
-        if not one.measure:
-            model, text = recipe.model, recipe.data.model_dump_json()
-            asked = f"{text} {model.vocab_size} {model.context}"
-            if asked not in corpora:
-                corpora[asked] = prepare(
-                    recipe.data, model.vocab_size, model.context, progress=not smoke
-                ).sha256
-            corpus = corpora[asked]
+        corpus = None if one.measure else _corpus(recipe, corpora, progress=not smoke)
         threads = n_cores() if one.measure and not smoke else TRAIN_THREADS
-        key = run_key(recipe, corpus, threads, measure=one.measure)
+        watch = one.look == "specialization"
+        key = run_key(recipe, corpus, threads, measure=one.measure, watch=watch)
         if key not in folders:  # the same run may lie there under another recipe's name
             lies = next(root.glob(f"*-{key}"), None)
             folders[key] = lies or root / f"{one.stem}-{recipe.seed}-{key}"
-        found.append(Task(one, Job(str(folders[key]), key, threads, one.measure)))
-    return found
+        job = Job(str(folders[key]), key, threads, one.measure, one.look)
+        found[one.member, one.seed] = Task(one, recipe, job)
+    return [found[one.member, one.seed] for one in planned]
+
+
+def _from(recipe: Recipe, source: Task) -> Recipe:
+    """The recipe with the folder of the run that it starts from."""
+    assert recipe.model.moe is not None
+    moe = recipe.model.moe.model_copy(update={"init_from": source.job.folder})
+    model = recipe.model.model_copy(update={"moe": moe})
+    return recipe.model_copy(update={"model": model})
+
+
+def _corpus(recipe: Recipe, corpora: dict[str, str], *, progress: bool) -> str:
+    """The sha256 of a recipe's prepared text, each text being prepared once."""
+    model = recipe.model
+    asked = f"{recipe.data.model_dump_json()} {model.vocab_size} {model.context}"
+    if asked not in corpora:
+        corpora[asked] = prepare(
+            recipe.data, model.vocab_size, model.context, progress=progress
+        ).sha256
+    return corpora[asked]
 
 
 def read_result(job: Job) -> dict[str, Any]:
@@ -104,33 +117,45 @@ def read_result(job: Job) -> dict[str, Any]:
     return found
 
 
+def read_look(job: Job) -> dict[str, Any]:
+    """What the look at a finished job found; raises UserError where it is damaged."""
+    try:
+        return runs.read_json(job.looked)
+    except UserError:
+        raise UserError(f"{job.looked}: damaged; delete it and run again") from None
+
+
 def run_all(study: str, todo: Sequence[Task], *, workers: int | None = None) -> dict[str, str]:
     """Do every task that has no result yet; the faults of those that failed, by the run's name.
 
-    Trainings go side by side, measurements one by one after them. Raises KeyboardInterrupt after
-    Ctrl-C or SIGTERM, when all workers have stopped with a checkpoint.
+    Trainings go side by side, those that start from another after it, measurements one by one.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when all workers have stopped with a
+    checkpoint.
     """
-    distinct = {task.job.folder: task for task in todo}
-    waiting = [task for task in distinct.values() if not task.job.result.is_file()]
-    trainings = [task for task in waiting if not task.job.measure]
+    by_look = sorted(todo, key=lambda task: task.job.look is not None)  # a look counts as more
+    distinct = {task.job.folder: task for task in by_look}
+    waiting = [task for task in distinct.values() if not task.job.done]
     measured = [task for task in waiting if task.job.measure]
+    trainings = [task for task in waiting if not task.job.measure]
+    stages = [[task for task in trainings if bool(task.planned.source) == last] for last in (0, 1)]
     failed: dict[str, str] = {}
     with _alone(), _Progress(study, list(distinct.values())) as progress, _stoppable():
-        for group, at_once in ((trainings, workers or _workers(trainings)), (measured, 1)):
-            failed |= _side_by_side(group, at_once, progress)
+        for stage in stages:
+            failed |= _side_by_side(stage, workers or _workers(stage), progress)
+        failed |= _side_by_side(measured, 1, progress)
     return failed
 
 
 def run_here(todo: Sequence[Task]) -> None:
     """The same in this process, one after the other: for runs of seconds."""
-    for task in todo:
-        if not task.job.result.is_file():
+    for task in sorted(todo, key=lambda task: task.planned.source is not None):
+        if not task.job.done:
             _claim(task)
             work(task.job)
 
 
 def _workers(todo: Sequence[Task]) -> int:
-    on_gpu = any(choose_device(task.planned.recipe).type == "cuda" for task in todo)
+    on_gpu = any(choose_device(task.recipe).type == "cuda" for task in todo)
     return 1 if on_gpu else max(1, n_cores() // TRAIN_THREADS)
 
 
@@ -149,7 +174,7 @@ def _side_by_side(todo: Sequence[Task], at_once: int, progress: _Progress) -> di
             for task, process in list(running.items()):
                 if process.poll() is not None:
                     del running[task]
-                    if not task.job.result.is_file():
+                    if not task.job.done:
                         failed[task.name] = _fault(task, process.returncode)
             progress.update([task.name for task in running])
     finally:
@@ -176,14 +201,12 @@ def _start(task: Task) -> subprocess.Popen[bytes]:
 def _claim(task: Task) -> None:
     """Make the run's folder; one that a killed run left without a checkpoint is begun anew."""
     folder = Path(task.job.folder)
-    if folder.exists() and not task.job.run.last.is_file():
+    if folder.exists() and not (task.job.run.last.is_file() or task.job.result.is_file()):
         shutil.rmtree(folder)
     if not folder.exists():
-        runs.create(
-            task.planned.recipe, stem=task.planned.stem, name=folder.name, root=folder.parent
-        )
+        runs.create(task.recipe, stem=task.planned.stem, name=folder.name, root=folder.parent)
     written = recipe_file.load(task.job.run.recipe_file)
-    if written != task.planned.recipe:
+    if written != task.recipe:
         raise UserError(
             f"{task.job.run.recipe_file}: was changed since the study wrote it; delete {folder}"
         )
@@ -258,7 +281,7 @@ class _Progress:
         self.bar.close()
 
     def update(self, running: Sequence[str]) -> None:
-        finished = sum(task.job.result.is_file() for task in self.tasks)
+        finished = sum(task.job.done for task in self.tasks)
         names = f": {' | '.join(running)}" if running else ""
         self.bar.set_postfix_str(f"run {finished} of {len(self.tasks)} done{names}", refresh=False)
         self.bar.update(self._done() - self.bar.n)

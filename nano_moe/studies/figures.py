@@ -27,18 +27,6 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-UNITS = {
-    "ce": "nats per token",
-    "bpb": "bits per byte",
-    "max_vio": "MaxVio",
-    "max_share": "share of assignments",
-    "dead_experts": "experts",
-    "starved_experts": "experts",
-    "load_entropy": "load entropy",
-    "memory_gb": "GB",
-    "train_ms_per_token": "ms per token",
-    "decode_ms_per_token": "ms per token",
-}
 
 
 def draw(content: Mapping[str, Any], kind: str) -> bytes:
@@ -177,10 +165,96 @@ def _grid(axes: Axes, content: Mapping[str, Any]) -> None:
     _legend(axes)
 
 
+def _trend(axes: Axes, content: Mapping[str, Any]) -> None:
+    """The points of the first trend: the lead by line, or what each seed gains on its first."""
+    trend = next(one for one in content["comparisons"] if "points" in one)
+    several = len(trend["lines"]) > 1
+    for point in trend["points"]:
+        number = point["line"] if several else 0
+        label = _line_name(trend["lines"][number]) if several else None
+        first = 0.0 if several else point["gain"][0]
+        axes.plot(
+            point["x"], [gain - first for gain in point["gain"]], label=label, ms=4,
+            marker=MARKERS[number % len(MARKERS)], **_look(number),
+        )  # fmt: skip
+    xs = trend["points"][0]["x"]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(xs, [f"{x:g}" for x in xs])
+    axes.minorticks_off()
+    axes.set_xlabel(trend["per"].removeprefix("doubling of "))
+    axes.set_ylabel("lead, nats per token" if several else "gain, nats per token, a line per seed")
+    if several:
+        _legend(axes)
+
+
+def _line_name(line: Mapping[str, Any]) -> str:
+    """What the members of a line's first point are called, up to the number varied."""
+    first = next(iter(line.values()))
+    return first if isinstance(first, str) else " – ".join(reversed(first))
+
+
+def _price(axes: Axes, content: Mapping[str, Any]) -> None:
+    """Final validation loss over MaxVio, a marker per run."""
+    for number, member in enumerate(content["members"]):
+        axes.plot(
+            _of_member(content, member, "max_vio"), _of_member(content, member, "ce"),
+            MARKERS[number % len(MARKERS)], label=member, color=COLOURS[number % len(COLOURS)],
+            ms=5, mfc="none",
+        )  # fmt: skip
+    axes.set_xlabel("MaxVio of the worst layer (busiest expert over mean, minus 1)")
+    axes.set_ylabel("validation cross-entropy, nats per token")
+    _legend(axes)
+
+
+def _specialization(axes: Axes, content: Mapping[str, Any]) -> None:
+    """Bits that domain and class tell about the expert, less the shuffled floor, by layer."""
+    for number, (member, runs) in enumerate(content["looks"].items()):
+        for name, style in (("domain", "-"), ("class", "--")):
+            layers = [
+                [layer[name] - layer[f"{name}_shuffled"] for layer in run["layers"]]
+                for run in runs.values()
+            ]
+            means = [statistics.fmean(column) for column in zip(*layers, strict=True)]
+            axes.plot(
+                range(len(means)), means, ls=style, marker=MARKERS[number % len(MARKERS)], ms=4,
+                color=COLOURS[number % len(COLOURS)], label=f"{member}: {name}",
+            )  # fmt: skip
+    axes.set_xticks(range(len(means)))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("bits about the expert, above shuffled labels")
+    _legend(axes)
+
+
+def _leak(axes: Axes, content: Mapping[str, Any]) -> None:
+    """The losses of each member that was looked at, mean and range of its seeds."""
+    names = ("ce_whole", "ce_prefix", "ce_own_future", "ce_other_future")
+    members = list(content["looks"])
+    for number, member in enumerate(members):
+        at = [place + (number - (len(members) - 1) / 2) * 0.2 for place in range(len(names))]
+        for x, name in zip(at, names, strict=True):
+            values = _of_member(content, member, name)
+            axes.plot([x, x], [min(values), max(values)], **_look(number))
+        means = [statistics.fmean(_of_member(content, member, name)) for name in names]
+        axes.plot(
+            at, means, MARKERS[number % len(MARKERS)], label=member,
+            color=COLOURS[number % len(COLOURS)],
+        )  # fmt: skip
+    axes.set_xticks(
+        range(len(names)),
+        ["all in\nsight", "token\nby token", "first half,\nown end", "first half,\nother end"],
+    )
+    axes.set_ylabel("cross-entropy, nats per token")
+    _legend(axes)
+
+
 PANELS: dict[str, Callable[[Axes, Mapping[str, Any]], None]] = {
     "curves": _curves,
     "flops": _flops,
     "balance": _balance,
     "memory": _memory,
     "grid": _grid,
+    "trend": _trend,
+    "price": _price,
+    "specialization": _specialization,
+    "leak": _leak,
 }

@@ -16,10 +16,13 @@ PACKAGE = Path(nano_moe.__file__).parent
 SOURCES = ("model", "training", "text")  # what decides a trained weight
 
 
-def run_key(recipe: Recipe, corpus: str | None, threads: int, *, measure: bool = False) -> str:
+def run_key(
+    recipe: Recipe, corpus: str | None, threads: int, *, measure: bool = False, watch: bool = False
+) -> str:
     """A hash of the resolved recipe, the corpus, the sources, the threads and the kind of device.
 
-    `corpus` is its sha256; where text and tokens lie on disk does not matter.
+    `corpus` is its sha256; where text and tokens lie on disk does not matter. A watched run, whose
+    weights are the same, leaves more behind.
     """
     text = {"files", "cache"}
     decides: dict[str, Any] = {
@@ -29,6 +32,7 @@ def run_key(recipe: Recipe, corpus: str | None, threads: int, *, measure: bool =
         "threads": threads,
         "device": choose_device(recipe).type,
         "measure": measure,
+        **({"watch": True} if watch else {}),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 

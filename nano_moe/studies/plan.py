@@ -17,29 +17,34 @@ from nano_moe.studies.schema import Comparison, Equal, Member, Study, Value
 
 FLOPS_WITHIN = 0.003  # what the routers of a few experts cost
 TIME_WITHIN = 0.02
+INIT_FROM = "model.moe.init_from"
 FFN_KINDS = ("ffn", "experts", "shared_experts")
 
 
 class Planned(NamedTuple):
-    """One run of a study."""
+    """One run of a study; where it starts from another, `recipe` names that one's member."""
 
     member: str
     seed: int
     recipe: Recipe
     stem: str  # of its recipe file
     measure: bool
+    look: str | None = None
+    source: tuple[str, int] | None = None  # member and seed of the run that it starts from
 
 
 def plan(path: Path, study: Study, extra: Mapping[str, Value] | None = None) -> list[Planned]:
     """Every run, members of a seed beside each other; `extra` fields win over the members' own.
 
     Raises UserError where a member's recipe is missing or at fault, or sees the future: its loss is
-    none (trap T13). A member of a grid is one run per value, named `member @ value`.
+    none (trap T13), and only the leak is looked at. A member of a grid is one run per value, named
+    `member @ value`.
     """
     return [
-        _planned(path, name, member, seed, {**fields, **(extra or {})})
+        _planned(path, study, name, member, seed, {**fields, **(extra or {})})
         for seed in study.seeds
         for name, member, fields in _expanded(study)
+        if seed in (member.seeds or study.seeds)
     ]
 
 
@@ -62,8 +67,13 @@ def at(member: str, value: float) -> str:
 
 
 def _planned(
-    path: Path, name: str, member: Member, seed: int, fields: Mapping[str, Value]
+    path: Path, study: Study, name: str, member: Member, seed: int, fields: Mapping[str, Value]
 ) -> Planned:
+    source = None
+    if member.start_from is not None:
+        next_seed = study.seeds[(study.seeds.index(seed) + 1) % len(study.seeds)]
+        source = (member.start_from, next_seed)  # its own would see its batches a second time
+        fields = {**fields, INIT_FROM: member.start_from}
     overrides = [f"{key}={json.dumps(value)}" for key, value in {**fields, "seed": seed}.items()]
     where = f"{path}: study.members.{name}"
     file = Path(os.path.normpath(path.parent / member.recipe))
@@ -71,15 +81,16 @@ def _planned(
         recipe = recipe_file.load(file, overrides)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    if not recipe.model.is_causal:
+    if not recipe.model.is_causal and member.look != "leak":
         raise UserError(f"{where}: {SEES_THE_FUTURE}; leave it out")
-    return Planned(name, seed, recipe, file.stem, member.measure)
+    return Planned(name, seed, recipe, file.stem, member.measure, member.look, source)
 
 
 def check_fair(path: Path, study: Study, planned: list[Planned]) -> None:
     """Raises UserError where members are not equal in what their comparison says (trap T19)."""
     recipes = {one.member: one.recipe for one in planned}
-    for number, comparison in enumerate(study.comparisons):
+    compared = [*study.comparisons, *(pair for trend in study.trends for pair in trend.pairs)]
+    for number, comparison in enumerate(compared):
         outside = {side: outside_params(recipes[side]) for side in _sides(comparison)}
         if len(set(outside.values())) > 1:
             raise UserError(
@@ -103,11 +114,11 @@ def _sides(comparison: Comparison) -> tuple[str, str]:
 
 def _amount(what: Equal, study: Study, member: str, recipes: Mapping[str, Recipe]) -> float:
     recipe = recipes[member]
-    tokens = recipe.trainer.steps * recipe.tokens_per_step
+    source = study.members[member].start_from if study.grid is None else None
     if what == "tokens":
-        return tokens
+        return recipe.trainer.steps * recipe.tokens_per_step
     if what == "flops":
-        return tokens * count(recipe).train_flops_per_token
+        return train_flops(recipe) + (train_flops(recipes[source]) if source else 0)
     if what == "time":
         if member not in study.step_times:
             raise UserError(f"study.step_times: has none of {member}; measure it with bench step")
@@ -117,6 +128,12 @@ def _amount(what: Equal, study: Study, member: str, recipes: Mapping[str, Recipe
     if what == "total":
         return ffn_params(recipe).total
     return 0  # seeds are equal by plan
+
+
+def train_flops(recipe: Recipe) -> int:
+    """FLOPs of a whole training."""
+    tokens = recipe.trainer.steps * recipe.tokens_per_step
+    return tokens * count(recipe).train_flops_per_token
 
 
 def outside_params(recipe: Recipe) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -16,12 +15,11 @@ from nano_moe.bench.machine import describe_machine
 from nano_moe.config import Recipe
 from nano_moe.errors import UserError
 from nano_moe.runs import git_commit, read_json, versions
-from nano_moe.studies.engine import Task, read_result
-from nano_moe.studies.plan import at, ffn_params
-from nano_moe.studies.schema import Comparison, Recovered, Study, StudyFile
-from nano_moe.studies.statistics import Interval, interval, verdict
+from nano_moe.studies.engine import Task, read_look, read_result
+from nano_moe.studies.plan import at, ffn_params, train_flops
+from nano_moe.studies.schema import Study, StudyFile
+from nano_moe.studies.verdicts import compare, recovered, trend
 
-WITHHELD = "withheld: a smoke test"
 ELSEWHERE = ("machine", "versions", "curve", "balance")  # in other places of the file, or shorter
 
 
@@ -36,6 +34,7 @@ def collect(
     """All figures of a study whose runs are finished; `rule_commit` as it was before they began."""
     found = [(task, read_result(task.job)) for task in done]
     runs = [_run(task, result) for task, result in found]
+    flops = {task.planned.member: train_flops(task.planned.recipe) for task in done}
     content: dict[str, Any] = {
         "study": name,
         "rule": study.rule,
@@ -45,32 +44,49 @@ def collect(
         "git_commit": git_commit(),
         "machine": describe_machine(),
         "versions": versions(),
-        "members": {task.planned.member: _member(task) for task in done},
+        "members": {task.planned.member: _member(task, flops) for task in done},
         "runs": runs,
     }
     if study.grid is not None:
         return {**content, "grid": _grid(study, runs)}
     by_member = _by_member(runs)
-    content["comparisons"] = [compare(one, by_member, smoke) for one in study.comparisons]
+    content["comparisons"] = [
+        *(compare(one, by_member, smoke) for one in study.comparisons),
+        *(trend(one, by_member, smoke) for one in study.trends),
+    ]
     if study.recovered is not None:
         content["recovered"] = recovered(study.recovered, by_member, content["members"])
     content["curves"] = _curves(found)
     if study.figure == "balance":
         content["balance"] = _balance(found)
+    if any(task.job.look for task in done):
+        content["looks"] = _looks(done)
     return content
 
 
 def _run(task: Task, result: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in result.items() if key not in ELSEWHERE}
+    if not task.job.measure:
+        kept["dropped_share"] = _dropped(result["balance"])
+    if task.job.look is not None:
+        kept |= read_look(task.job)["figures"]
     made_with = {"machine": result["machine"]["cpu"], "torch": result["versions"]["torch"]}
     return {"member": task.planned.member, **kept, **made_with}
 
 
-def _member(task: Task) -> dict[str, Any]:
-    """What a member costs, from its recipe."""
+def _dropped(balance: dict[str, Any]) -> float:
+    """Of assignments, in the last tenth of training, in the layer that dropped most; 0 if none."""
+    layers = balance.get("dropped_share", {}).values()
+    ends = [[share for _, share in series[-max(1, len(series) // 10) :]] for series in layers]
+    return max((statistics.fmean(end) for end in ends), default=0.0)
+
+
+def _member(task: Task, sources: dict[str, int]) -> dict[str, Any]:
+    """What a member costs, from its recipe, with the training that it starts from."""
     recipe = task.planned.recipe
     counted, ffn = count(recipe), ffn_params(recipe)
     tokens = recipe.trainer.steps * recipe.tokens_per_step
+    start = sources.get(task.planned.source[0]) if task.planned.source else None
     return {
         "total": counted.total_params,
         "active": counted.active_params,
@@ -78,7 +94,7 @@ def _member(task: Task) -> dict[str, Any]:
         "ffn_active": ffn.active,
         "router": counted.router_params,
         "tokens": None if task.job.measure else tokens,
-        "train_flops": None if task.job.measure else tokens * counted.train_flops_per_token,
+        "train_flops": None if task.job.measure else train_flops(recipe) + (start or 0),
         "forward_flops_per_token": counted.forward_flops_per_token,
         "threads": task.job.threads,
         "recipe": what_runs(recipe),
@@ -95,65 +111,6 @@ def _by_member(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, 
     for run in runs:
         found.setdefault(run["member"], {})[run["seed"]] = run
     return found
-
-
-def compare(
-    comparison: Comparison, by_member: dict[str, dict[int, dict[str, Any]]], smoke: bool
-) -> dict[str, Any]:
-    """A comparison's gain per seed, its interval, and the verdict by the study's rule."""
-    better, than = (by_member[side] for side in (comparison.better, comparison.than))
-    gains = [
-        _gain(comparison, better[seed][comparison.figure], than[seed][comparison.figure])
-        for seed in better
-    ]
-    gain = interval(gains)
-    effect = comparison.smallest_effect
-    effect = math.log1p(effect) if comparison.relative else effect
-    return {
-        **comparison.model_dump(mode="json"),
-        "gains": dict(zip(map(str, better), gains, strict=True)),
-        **as_json(gain),
-        "verdict": WITHHELD if smoke else verdict(gain, effect),
-    }
-
-
-def _gain(comparison: Comparison, better: float, than: float) -> float:
-    return math.log(than / better) if comparison.relative else than - better
-
-
-def as_json(of: Interval) -> dict[str, float | int | None]:
-    """Bounds that a single difference does not have are null."""
-    bounded = of.n > 1
-    return {
-        "mean": of.mean,
-        "low": of.low if bounded else None,
-        "high": of.high if bounded else None,
-        "n": of.n,
-        "smallest_seen": of.smallest_seen if bounded else None,
-    }
-
-
-def recovered(
-    names: Recovered,
-    by_member: dict[str, dict[int, dict[str, Any]]],
-    members: dict[str, dict[str, Any]],
-) -> dict[str, Any] | None:
-    """The share of a gain in loss that the part has of the whole, and its share of the FLOPs.
-
-    None where the whole's own gain is not told from zero.
-    """
-    sides = (by_member[name] for name in (names.base, names.part, names.whole))
-    base, part, whole = ({seed: run["ce"] for seed, run in side.items()} for side in sides)
-    if interval([base[seed] - whole[seed] for seed in base]).low <= 0:
-        return None
-    shares = {seed: (base[seed] - part[seed]) / (base[seed] - whole[seed]) for seed in base}
-    flops = {name: members[name]["train_flops"] for name in (names.part, names.whole)}
-    return {
-        **names.model_dump(),
-        "shares": {str(seed): share for seed, share in shares.items()},
-        **as_json(interval(list(shares.values()))),
-        "flops_share": flops[names.part] / flops[names.whole],
-    }
 
 
 def _grid(study: Study, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -205,6 +162,16 @@ def _balance(found: Sequence[tuple[Task, dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
+def _looks(done: Sequence[Task]) -> dict[str, dict[str, Any]]:
+    """What lies behind the figures of a look, by member and seed."""
+    found: dict[str, dict[str, Any]] = {}
+    for task in done:
+        if task.job.look is not None:
+            details = read_look(task.job)["details"]
+            found.setdefault(task.planned.member, {})[str(task.planned.seed)] = details
+    return found
+
+
 # --- the rule ------------------------------------------------------------------------------------
 
 
@@ -224,9 +191,12 @@ def _rule_at(path: Path, commit: str) -> str | None:
     if text is None:
         return None
     try:
-        return recipe_file.validate(
-            recipe_file.parse(text, path.name), path.name, StudyFile
-        ).study.rule
+        tree = recipe_file.parse(text, path.name)
+        base = tree.values.pop("base", None)
+        if base is not None:  # of a study that draws another one again
+            under = _git(path, "show", f"{commit}:./{base}")
+            tree = recipe_file.merge(recipe_file.parse(under or "", base), tree)
+        return recipe_file.validate(tree, path.name, StudyFile).study.rule
     except UserError:
         return None
 

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from nano_moe import recipe_file
 from nano_moe.config import FieldFault, Section
@@ -20,12 +20,17 @@ from nano_moe.errors import UserError
 
 TRAINED = (
     "ce", "bpb", "max_vio", "max_share", "dead_experts", "starved_experts", "load_entropy",
+    "dropped_share",
 )  # fmt: skip
 MEASURED = ("memory_gb", "train_ms_per_token", "decode_ms_per_token")
-Figure = Literal[
-    "ce", "bpb", "max_vio", "max_share", "dead_experts", "starved_experts", "load_entropy",
-    "memory_gb", "train_ms_per_token", "decode_ms_per_token",
-]  # fmt: skip
+LOOKED = {
+    "specialization": (
+        "domain_information", "class_information", "token_information", "domain_share",
+        "class_share",
+    ),
+    "leak": ("ce_whole", "ce_other_future", "ce_own_future", "ce_prefix"),
+}  # fmt: skip
+FIGURES = (*TRAINED, *MEASURED, *(name for names in LOOKED.values() for name in names))
 Equal = Literal["seeds", "tokens", "flops", "time", "active", "total"]
 Item = TypeVar("Item")
 
@@ -38,6 +43,13 @@ def _single(given: Any) -> Any:
     return given
 
 
+def _known_figure(given: str) -> str:
+    if given not in FIGURES:
+        raise ValueError(f"no figure '{given}'; there are {', '.join(FIGURES)}")
+    return given
+
+
+Figure = Annotated[str, AfterValidator(_known_figure)]
 Value = Annotated[bool | int | float | str | None, BeforeValidator(_single)]
 
 
@@ -59,10 +71,29 @@ class Member(Section):
     measure: bool = Field(
         default=False, description="time and weigh untrained weights of this shape; do not train"
     )
+    look: Literal["specialization", "leak"] | None = Field(
+        default=None, description="what else is read from the trained weights"
+    )
+    start_from: str | None = Field(
+        default=None, description="the dense member that is upcycled; its run of the next seed"
+    )
+    seeds: Listed[int] | None = Field(
+        default=None, min_length=1, description="fewer than the study's; omitted: all of them"
+    )
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What its runs are compared in."""
+        if self.measure:
+            return MEASURED
+        return (*TRAINED, *(LOOKED[self.look] if self.look else ()))
 
 
 class Comparison(Section):
-    """One sentence of the claim: `better` has the lower figure, by the effect or more."""
+    """One sentence of the claim: `better` has the lower figure, by the effect or more.
+
+    A member is compared with itself where `than_figure` is another.
+    """
 
     says: str = Field(min_length=1, description="the claim, such as: top-2 ends below dense")
     better: str = Field(description="the member that the claim favours")
@@ -71,12 +102,44 @@ class Comparison(Section):
         default=("seeds",), description="what is held equal, and checked before the runs"
     )
     figure: Figure = Field(default="ce", description="lower is better; routing: the worst layer")
+    than_figure: Figure | None = Field(default=None, description="of `than`; omitted: the same")
+    higher: bool = Field(default=False, description="the claim is that `better` has more of it")
     relative: bool = Field(
         default=False, description="compare logarithms: factors, not differences"
     )
     smallest_effect: float = Field(
         gt=0, description="the smallest difference worth claiming; relative: a factor minus 1"
     )
+
+
+class Trend(Section):
+    """One sentence of the claim about a slope over the logarithm to base 2 of what is varied.
+
+    A line's points are members, whose figure falls, or pairs (better, than), whose gap grows.
+    Every line and seed has a slope of its own.
+    """
+
+    says: str = Field(min_length=1, description="the claim, such as: the lead grows with tokens")
+    per: str = Field(min_length=1, description="the unit, such as: doubling of tokens")
+    lines: Listed[dict[str, str | Listed[str]]] = Field(
+        min_length=1, description="by the number varied: a member, or [better, than]"
+    )
+    equal: Listed[Equal] = Field(default=("seeds",), description="within each pair")
+    figure: Figure = Field(default="ce", description="lower is better")
+    smallest_effect: float = Field(gt=0, description="the smallest slope worth claiming")
+
+    def pair(self, better: str, than: str) -> Comparison:
+        """What is compared at a point that is a pair."""
+        return Comparison(
+            says=self.says, better=better, than=than, equal=self.equal, figure=self.figure,
+            smallest_effect=self.smallest_effect,
+        )  # fmt: skip
+
+    @property
+    def pairs(self) -> list[Comparison]:
+        """The comparisons at all points that are pairs."""
+        points = [point for line in self.lines for point in line.values()]
+        return [self.pair(*point) for point in points if not isinstance(point, str)]
 
 
 class Recovered(Section):
@@ -106,14 +169,21 @@ class Study(Section):
     fields: dict[str, Value] = Field(default={}, description="overrides that all members share")
     members: dict[str, Member] = Field(min_length=1, description="by the name that tables give")
     comparisons: Listed[Comparison] = Field(default=(), description="the rule")
+    trends: Listed[Trend] = Field(default=(), description="more of the rule")
     grid: Grid | None = Field(default=None, description="instead of comparisons")
+    timed: Listed[str] = Field(
+        default=(), description="members whose steps are timed beside each other after the runs"
+    )
+    repeats: str | None = Field(
+        default=None, description="the study that this one draws again, with other seeds"
+    )
     step_times: dict[str, float] = Field(
         default={}, description="seconds a step over those of the first, for `equal: [time]`"
     )
     recovered: Recovered | None = Field(default=None, description="a share of a gain, and its cost")
-    figure: Literal["curves", "flops", "balance", "memory", "grid"] = Field(
-        default="curves", description="what is drawn beside the comparisons"
-    )
+    figure: Literal[
+        "curves", "flops", "balance", "memory", "grid", "trend", "price", "specialization", "leak"
+    ] = Field(default="curves", description="what is drawn beside the comparisons")
     caveats: Listed[str] = Field(default=(), description="what the runs cannot say")
 
     @model_validator(mode="after")
@@ -124,23 +194,53 @@ class Study(Section):
             raise FieldFault("comparisons", "give comparisons, or a grid, and not both")
         for number, comparison in enumerate(self.comparisons):
             self._check_comparison(f"comparisons.{number}", comparison)
+        for number, trend in enumerate(self.trends):
+            self._check_trend(f"trends.{number}", trend)
         for side, name in (self.recovered.model_dump() if self.recovered else {}).items():
             self._check_member(f"recovered.{side}", name)
-        for name in self.step_times:
-            self._check_member(f"step_times.{name}", name)
+        for name in (*self.step_times, *self.timed):
+            self._check_member("step_times" if name in self.step_times else "timed", name)
+        for name, member in self.members.items():
+            self._check_source(f"members.{name}", name, member)
         return self
 
     def _check_comparison(self, where: str, comparison: Comparison) -> None:
-        for side in ("better", "than"):
+        figures = {"better": comparison.figure, "than": comparison.than_figure or comparison.figure}
+        for side, figure in figures.items():
             name = getattr(comparison, side)
             self._check_member(f"{where}.{side}", name)
-            if self.members[name].measure != (comparison.figure in MEASURED):
-                known = ", ".join(MEASURED if self.members[name].measure else TRAINED)
+            known = self.members[name].figures
+            if figure not in known:
                 raise FieldFault(
-                    f"{where}.figure", f"'{name}' has no {comparison.figure}; it has {known}"
+                    f"{where}.figure", f"'{name}' has no {figure}; it has {', '.join(known)}"
                 )
-        if comparison.better == comparison.than:
+        if comparison.better == comparison.than and len(set(figures.values())) == 1:
             raise FieldFault(f"{where}.than", "is the same member; name the other one")
+
+    def _check_trend(self, where: str, trend: Trend) -> None:
+        for number, line in enumerate(trend.lines):
+            here = f"{where}.lines.{number}"
+            if len(line) < 3 or not all(_positive(x) for x in line):
+                raise FieldFault(here, "a line has three points or more, each above a number > 0")
+            for x, point in line.items():
+                members = (point,) if isinstance(point, str) else point
+                if len(members) not in (1, 2) or isinstance(point, tuple) != (len(members) == 2):
+                    raise FieldFault(f"{here}.{x}", "is a member, or a pair of them")
+                for name in members:
+                    self._check_member(f"{here}.{x}", name)
+        for pair in trend.pairs:
+            self._check_comparison(where, pair)
+
+    def _check_source(self, where: str, name: str, member: Member) -> None:
+        if member.seeds is not None and not set(member.seeds) <= set(self.seeds):
+            raise FieldFault(f"{where}.seeds", "has a seed that the study has not")
+        if member.start_from is None:
+            return
+        self._check_member(f"{where}.start_from", member.start_from)
+        if self.members[member.start_from].start_from is not None or len(self.seeds) < 2:
+            raise FieldFault(
+                f"{where}.start_from", "needs two seeds, and a member that starts from none"
+            )
 
     def _check_member(self, where: str, name: str) -> None:
         if name not in self.members:
@@ -153,6 +253,13 @@ class Study(Section):
         decides = self.model_dump(mode="json", exclude=words, exclude_defaults=True)
         text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _positive(x: str) -> bool:
+    try:
+        return float(x) > 0
+    except ValueError:
+        return False
 
 
 class StudyFile(Section):

@@ -28,12 +28,14 @@ from nano_moe.device import choose_precision
 from nano_moe.errors import UserError
 from nano_moe.evaluation import Evaluation, evaluate
 from nano_moe.runs import Run, git_commit, load_model, versions, write_json
+from nano_moe.studies import looks
 from nano_moe.studies.measure import measure, peak_resident, resident
 from nano_moe.text.store import Corpus, prepare
 
 RESULT = "result.json"
 STARVED = 0.1  # of an even share
 BALANCE = ("max_vio", "max_share", "dead_experts", "load_entropy")
+IN_TRAINING = (*BALANCE, "dropped_share")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Job:
     key: str
     threads: int
     measure: bool
+    look: str | None = None
 
     @property
     def run(self) -> Run:
@@ -53,38 +56,65 @@ class Job:
     def result(self) -> Path:
         return Path(self.folder) / RESULT
 
+    @property
+    def looked(self) -> Path:
+        """What the look found."""
+        return Path(self.folder) / f"{self.look}.json"
+
+    @property
+    def done(self) -> bool:
+        return self.result.is_file() and (self.look is None or self.looked.is_file())
+
 
 def work(job: Job) -> str | None:
-    """Do a job and write its result; the name of the signal that stopped it, or None."""
+    """Do what is left of a job and write it down; the signal that stopped it, or None."""
     torch.set_num_threads(job.threads)
     recipe, idle = job.run.recipe(), resident()
-    found = measure(recipe) if job.measure else _train(job, recipe, idle)
-    if isinstance(found, str):
-        return found
-    write_json(job.result, {**_provenance(job, recipe), **found})
-    job.run.last.unlink(missing_ok=True)  # best.ckpt holds the weights, and there is no going on
+    if not job.result.is_file():
+        found = measure(recipe) if job.measure else _train(job, recipe, idle)
+        if isinstance(found, str):
+            return found
+        write_json(job.result, {**_provenance(job, recipe), **found})
+    if job.run.best.is_file():  # it holds the weights, and there is no going on
+        job.run.last.unlink(missing_ok=True)
+    if job.look is not None:
+        write_json(job.looked, looks.at(job.look, job.run, _corpus(recipe)))
     return None
+
+
+def _corpus(recipe: Recipe) -> Corpus:
+    return prepare(recipe.data, recipe.model.vocab_size, recipe.model.context, progress=False)
 
 
 def _train(job: Job, recipe: Recipe, idle: int) -> dict[str, Any] | str:
     from nano_moe.training.fit import fit
 
-    corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context, progress=False)
-    result = fit(job.run, recipe, corpus, resume=job.run.last.is_file(), progress=False)
+    corpus = _corpus(recipe)
+    watchers = looks.watchers(job.look, job.run, corpus)
+    result = fit(
+        job.run, recipe, corpus, resume=job.run.last.is_file(), progress=False, watchers=watchers
+    )
     if result.stopped_by is not None:
         return result.stopped_by
-    scored = result.evaluation or _score(job.run, recipe, corpus)
+    causal = recipe.model.is_causal
+    scored = (result.evaluation or _score(job.run, recipe, corpus)) if causal else None
     return {
         "corpus": corpus.sha256,
+        **(_scores(scored) if scored else {}),
+        "seconds": round(result.seconds, 1),
+        "memory_gb": (peak_resident() - idle) / 1e9,
+        "curve": _curve(job.run),
+        "balance": balance_of(job.run),
+    }
+
+
+def _scores(scored: Evaluation) -> dict[str, Any]:
+    return {
         "ce": scored.overall.ce,
         "bpb": scored.overall.bpb,
         "domains": {name: score.bpb for name, score in scored.domains.items()},
         **_worst(scored.routing),
         "routing": [_layer(row) for row in scored.routing],
-        "seconds": round(result.seconds, 1),
-        "memory_gb": (peak_resident() - idle) / 1e9,
-        "curve": _curve(job.run),
-        "balance": _balance(job.run),
     }
 
 
@@ -124,14 +154,14 @@ def _curve(run: Run) -> list[tuple[int, float]]:
     return [(int(row["tokens"]), round(float(row["train/ce"]), 4)) for row in rows]
 
 
-def _balance(run: Run) -> dict[str, dict[str, list[tuple[int, float]]]]:
+def balance_of(run: Run) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """(step, value) of each balance figure and layer, as training recorded them."""
     events = EventAccumulator(str(run.path), size_guidance={"scalars": 0}).Reload()
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for tag in events.Tags()["scalars"]:
         room, _, rest = tag.partition("/")
         layer, _, figure = rest.partition("/")
-        if room == "moe" and figure in BALANCE:
+        if room == "moe" and figure in IN_TRAINING:
             series = [(event.step, round(event.value, 4)) for event in events.Scalars(tag)]
             found.setdefault(figure, {})[layer.removeprefix("layer")] = series
     return found

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from nano_moe import recipe_file
-from nano_moe.studies import catalogue, plan, report, results
+from nano_moe.studies import catalogue, plan, report, results, sections
+from nano_moe.studies.figures import draw
+from nano_moe.studies.verdicts import WITHHELD
 
 STUDIES = catalogue.everything()
 FINISHED = [one for one in STUDIES if one.results.is_file()]
@@ -31,8 +33,8 @@ def test_a_study_is_fair_and_its_runs_are_of_one_budget(found):
     planned = plan.plan(found.path, found.study, catalogue.FULL)
     plan.check_fair(found.path, found.study, planned)
     trained = [one for one in planned if not one.measure]
-    assert len({one.recipe.tokens_per_step for one in trained}) == 1
-    assert max(one.recipe.trainer.steps for one in trained) == 500
+    assert {one.recipe.tokens_per_step for one in trained} == {4096}
+    assert max(one.recipe.trainer.steps for one in trained) <= 1000
 
 
 @by_name
@@ -42,8 +44,8 @@ def test_a_study_runs_in_small_and_withholds_its_verdicts(found):
     assert torch.get_num_threads() == threads
     json.dumps(content, allow_nan=False)
     verdicts = {one["verdict"] for one in content.get("comparisons", [])}
-    assert verdicts <= {results.WITHHELD}
-    assert report._section(found, content) and report.draw(content, found.study.figure)
+    assert verdicts <= {WITHHELD}
+    assert sections.section(found, content) and draw(content, found.study.figure)
 
 
 @has_results
@@ -114,14 +116,13 @@ def test_runs_of_a_seed_saw_the_same_text(found):
 
 @has_results
 def test_readme_and_report_say_what_the_results_say():
-    found = [(one, results.read(one.results)) for one in FINISHED]
+    reported = report.finished()
     block = README.split(report.BEGIN)[1].split(report.END)[0]
-    assert block == "\n" + report.readme_block(found)
+    assert block == "\n" + report.readme_block(reported)
     document = catalogue.STUDIES / "results" / "RESULTS.md"
-    sections = [report._section(one, content) for one, content in found]
-    assert document.read_text(encoding="utf-8") == "\n".join([report.HEAD, *sections])
-    for one in FINISHED:
-        assert one.results.with_suffix(".png").is_file()
+    assert document.read_text(encoding="utf-8") == report.document_of(reported)
+    for one in reported:
+        assert one.found.results.with_suffix(".png").is_file()
 
 
 @has_results

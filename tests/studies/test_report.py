@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nano_moe.studies import report
+from nano_moe.studies import report, sections
 
 PLAIN = {
     "says": "sparse ends below dense", "verdict": "reproduced", "figure": "ce", "relative": False,
@@ -14,27 +14,27 @@ PLAIN = {
 
 
 def test_a_gain_has_its_interval_its_unit_and_n():
-    assert report.gain(PLAIN) == "0.088 nats per token (0.080 to 0.095, n = 5)"
+    assert sections.gain(PLAIN) == "0.088 nats per token (0.080 to 0.095, n = 5)"
     alone = {**PLAIN, "low": None, "high": None, "n": 1}
-    assert report.gain(alone) == "0.088 nats per token (n = 1)"
+    assert sections.gain(alone) == "0.088 nats per token (n = 1)"
 
 
 def test_a_relative_gain_is_a_factor():
     logs = {"mean": math.log(2), "low": math.log(1.5), "high": math.log(2.5)}
     one = {**PLAIN, **logs, "relative": True, "figure": "memory_gb"}
-    assert report.gain(one) == "× 2.00 (1.50 to 2.50, n = 5)"
+    assert sections.gain(one) == "× 2.00 (1.50 to 2.50, n = 5)"
 
 
 def test_an_answer_is_the_headline_and_the_rest():
     told = (("a", "reversed"), ("b", "reproduced"), ("c", "reversed"))
     others = [{**PLAIN, "says": says, "verdict": verdict} for says, verdict in told]
-    assert report.answer({"comparisons": [PLAIN, *others]}) == (
+    assert sections.answer({"comparisons": [PLAIN, *others]}) == (
         "Reproduced: sparse ends below dense; gain 0.088 nats per token (0.080 to 0.095, n = 5). "
         "Its other claims: *reversed*: a, c; *reproduced*: b."
     )
     had = {"part": "sparse", "whole": "large", "base": "dense", "mean": 0.6, "low": 0.5,
            "high": 0.7, "flops_share": 0.4}  # fmt: skip
-    assert report.answer({"comparisons": [PLAIN], "recovered": had}).endswith(
+    assert sections.answer({"comparisons": [PLAIN], "recovered": had}).endswith(
         "`sparse` has 60% of what `large` gains on `dense` (50% to 70%), at 40% of its FLOPs."
     )
 

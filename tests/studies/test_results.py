@@ -2,7 +2,7 @@
 
 import pytest
 
-from nano_moe.studies import results
+from nano_moe.studies import verdicts
 from nano_moe.studies.schema import Comparison, Recovered
 
 NAMES = Recovered(base="dense", part="sparse", whole="large")
@@ -18,7 +18,7 @@ def runs(**losses):
 
 
 def test_a_share_is_of_the_gain_seed_by_seed():
-    found = results.recovered(
+    found = verdicts.recovered(
         NAMES, runs(dense=(4.0, 4.1), sparse=(3.95, 4.07), large=(3.9, 4.0)), MEMBERS
     )
     assert found["shares"] == pytest.approx({"0": 0.5, "1": 0.3})
@@ -27,7 +27,7 @@ def test_a_share_is_of_the_gain_seed_by_seed():
 
 def test_there_is_no_share_of_a_gain_within_noise():
     losses = runs(dense=(4.0, 4.1, 4.2), sparse=(3.9, 4.0, 4.1), large=(3.99, 4.11, 4.19))
-    assert results.recovered(NAMES, losses, MEMBERS) is None
+    assert verdicts.recovered(NAMES, losses, MEMBERS) is None
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_gain_is_a_difference_or_the_logarithm_of_a_factor(relative, mean, ver
     )
     sides = {"a": {1: {"max_vio": 1.0}, 2: {"max_vio": 1.0}}}
     sides["b"] = {1: {"max_vio": 2.0}, 2: {"max_vio": 2.0}}
-    found = results.compare(one, sides, smoke=False)
+    found = verdicts.compare(one, sides, smoke=False)
     assert found["mean"] == pytest.approx(mean, rel=1e-5)
     assert (found["verdict"], found["n"]) == (verdict, 2)
-    assert results.compare(one, sides, smoke=True)["verdict"] == results.WITHHELD
+    assert verdicts.compare(one, sides, smoke=True)["verdict"] == verdicts.WITHHELD

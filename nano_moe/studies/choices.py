@@ -1,0 +1,50 @@
+"""Which experts a few fixed tokens choose in the course of training.
+
+Shapes: B windows, T time, N = B*T tokens, K top_k, L sparse layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from nano_moe.device import choose_precision
+from nano_moe.evaluation import autocast
+from nano_moe.runs import Run
+from nano_moe.studies.specialization import folder_of
+from nano_moe.text.store import Corpus
+from nano_moe.text.windows import EvalWindows
+from nano_moe.training.step_callback import StepCallback
+
+WINDOWS = 8
+POINTS = 20  # over the whole training
+
+
+class Choices(StepCallback):
+    """Writes the choices, (L, N, K), at a twentieth of all steps, and at the first hundredth."""
+
+    def __init__(self, run: Run, corpus: Corpus):
+        recipe = run.recipe()
+        self.folder, self.precision = folder_of(run), choose_precision(recipe)
+        steps = recipe.trainer.steps
+        self.at = {max(1, steps * point // POINTS) for point in range(1, POINTS + 1)}
+        self.at |= {max(1, steps // 100)}
+        windows = EvalWindows(corpus.val, recipe.model.context, corpus.tokenizer.end_id)
+        whole = len(corpus.val) // recipe.model.context
+        chosen = np.unique(np.linspace(0, whole - 1, min(WINDOWS, whole)).astype(int))
+        self.probe = torch.from_numpy(np.stack([windows[i][0] for i in chosen]))  # (B, T)
+
+    @torch.no_grad()
+    def on_step_end(self, trainer: Any, pl_module: Any, outputs: Any) -> None:
+        if trainer.global_step not in self.at:
+            return
+        model = pl_module.model
+        model.eval()
+        with autocast(pl_module.device, self.precision):
+            _, routings = model(self.probe.to(pl_module.device))
+        model.train()
+        ids = [routing.ids for routing in routings if routing is not None]
+        self.folder.mkdir(exist_ok=True)
+        np.save(self.folder / f"{trainer.global_step:07d}.npy", torch.stack(ids).cpu().numpy())

@@ -1,0 +1,79 @@
+"""What a model takes from text that comes after the token it predicts.
+
+Three readings of the same validation windows, in batches as large as training's:
+- `ce_whole`: all at once, as training sees it. Where experts choose, a token's experts depend on
+  the tokens after it, so this is no loss of a language model.
+- `ce_own_future`, `ce_other_future`: of the first half of each window, once before its own second
+  half and once before another window's (the shuffled control of Wang et al. 2024, app. D, turned
+  on the evaluation). A causal model has the same loss to the bit.
+- `ce_prefix`: every token from what stands before it alone, as decoding would.
+
+Shapes: B windows of a batch, T time, M windows in all.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nano_moe.device import choose_precision
+from nano_moe.evaluation import autocast
+from nano_moe.model.gpt import GPT
+from nano_moe.model.loss import cross_entropy
+from nano_moe.runs import Run, load_model
+from nano_moe.text.store import Corpus
+from nano_moe.text.windows import EvalWindows
+
+WINDOWS = 32  # spread over the validation split
+
+
+@torch.no_grad()
+def look(run: Run, corpus: Corpus) -> dict[str, Any]:
+    """The four losses in nats per token."""
+    recipe, model, _ = load_model(run)
+    inputs, targets = _windows(corpus, recipe.model.context)
+    rows = recipe.trainer.batch_size
+    half = inputs.shape[1] // 2
+    mixed = torch.cat([inputs[:, :half], inputs.roll(1, 0)[:, half:]], 1)  # (M, T)
+    with autocast(inputs.device, choose_precision(recipe)):
+        whole = torch.cat([_losses(model, *pair) for pair in _in_batches(rows, inputs, targets)])
+        other = torch.cat([_losses(model, *pair) for pair in _in_batches(rows, mixed, targets)])
+        figures = {
+            "ce_whole": whole.mean().item(),
+            "ce_own_future": whole[:, :half].mean().item(),
+            "ce_other_future": other[:, :half].mean().item(),
+            "ce_prefix": _prefix_loss(model, inputs, targets),
+        }
+    return {"figures": figures, "details": {"windows": len(inputs)}}
+
+
+def _windows(corpus: Corpus, context: int) -> tuple[Tensor, Tensor]:
+    """(M, T) inputs and targets of whole windows."""
+    windows = EvalWindows(corpus.val, context, corpus.tokenizer.end_id)
+    whole = len(corpus.val) // context
+    chosen = np.unique(np.linspace(0, whole - 1, min(WINDOWS, whole)).astype(int))
+    inputs, targets, _ = zip(*(windows[i] for i in chosen), strict=True)
+    return torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
+
+
+def _in_batches(rows: int, inputs: Tensor, targets: Tensor) -> zip[tuple[Tensor, Tensor]]:
+    return zip(inputs.split(rows), targets.split(rows), strict=True)
+
+
+def _losses(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, T)
+    logits, _ = model(inputs)
+    return cross_entropy(logits, targets, reduction="none").view(targets.shape)
+
+
+def _prefix_loss(model: GPT, inputs: Tensor, targets: Tensor) -> float:
+    """Mean over windows and positions; each prefix runs alone, its experts choose among it."""
+    found = []
+    for window, wanted in zip(inputs, targets, strict=True):
+        for end in range(1, len(window) + 1):
+            losses = _losses(model, window[None, :end], wanted[None, :end])
+            found.append(losses[0, -1].item())
+    return statistics.fmean(found)
