@@ -31,24 +31,28 @@ from nano_moe.text.windows import EvalWindows
 WINDOWS = 32  # spread over the validation split
 
 
-@torch.no_grad()
 def look(run: Run, corpus: Corpus) -> dict[str, Any]:
     """The four losses in nats per token."""
     recipe, model, _ = load_model(run)
     inputs, targets = _windows(corpus, recipe.model.context)
-    rows = recipe.trainer.batch_size
+    with autocast(inputs.device, choose_precision(recipe)):
+        figures = losses(model, inputs, targets, recipe.trainer.batch_size)
+    return {"figures": figures, "details": {"windows": len(inputs)}}
+
+
+@torch.no_grad()
+def losses(model: GPT, inputs: Tensor, targets: Tensor, rows: int) -> dict[str, float]:
+    """By name, of (M, T) windows in batches of `rows`; the model is in eval mode."""
     half = inputs.shape[1] // 2
     mixed = torch.cat([inputs[:, :half], inputs.roll(1, 0)[:, half:]], 1)  # (M, T)
-    with autocast(inputs.device, choose_precision(recipe)):
-        whole = torch.cat([_losses(model, *pair) for pair in _in_batches(rows, inputs, targets)])
-        other = torch.cat([_losses(model, *pair) for pair in _in_batches(rows, mixed, targets)])
-        figures = {
-            "ce_whole": whole.mean().item(),
-            "ce_own_future": whole[:, :half].mean().item(),
-            "ce_other_future": other[:, :half].mean().item(),
-            "ce_prefix": _prefix_loss(model, inputs, targets),
-        }
-    return {"figures": figures, "details": {"windows": len(inputs)}}
+    whole = torch.cat([_losses(model, *pair) for pair in _in_batches(rows, inputs, targets)])
+    other = torch.cat([_losses(model, *pair) for pair in _in_batches(rows, mixed, targets)])
+    return {
+        "ce_whole": whole.mean().item(),
+        "ce_own_future": whole[:, :half].mean().item(),
+        "ce_other_future": other[:, :half].mean().item(),
+        "ce_prefix": _prefix_loss(model, inputs, targets),
+    }
 
 
 def _windows(corpus: Corpus, context: int) -> tuple[Tensor, Tensor]:

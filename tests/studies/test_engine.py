@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from nano_moe.errors import UserError
-from nano_moe.studies import engine, keys, measure, plan, results, schema
+from nano_moe.studies import engine, keys, measure, plan, results, schema, worker
+from tests.studies.conftest import RECIPES
 
 MEASURED = ("created", "seconds", "memory_gb", "machine")
 
@@ -44,6 +45,47 @@ def test_finished_runs_are_not_run_again_and_one_recipe_is_one_run(todo, monkeyp
     )
 
 
+UPCYCLED = """    upcycled:
+      recipe: {recipes}/mixtral.yaml
+      start_from: dense
+      fields: {{model.moe.d_expert: 64, model.moe.n_experts: 16}}
+  comparisons:"""
+
+
+def test_a_run_starts_from_the_source_of_the_next_seed(written, small, tmp_path):
+    path = written(("  comparisons:", UPCYCLED.format(recipes=RECIPES)))
+    study = schema.load(path)
+    todo = engine.tasks(plan.plan(path, study, small), tmp_path / "studies")
+    found = {(task.planned.member, task.planned.seed): task for task in todo}
+    assert list(found)[2] == ("upcycled", 1)
+    engine.run_here(todo)
+    for seed, other in ((1, 2), (2, 1)):
+        manifest = found["upcycled", seed].job.run.manifest()
+        assert manifest["init_from"]["run"] == found["dense", other].job.run.name
+    content = results.collect("study", study, todo)
+    flops = {name: member["train_flops"] for name, member in content["members"].items()}
+    alone = plan.train_flops(found["upcycled", 1].planned.recipe)
+    assert flops["upcycled"] == alone + flops["dense"]
+
+
+def test_a_look_at_a_finished_run_trains_nothing(written, small, tmp_path, monkeypatch):
+    path = written()
+    plain = plan.plan(path, schema.load(path), small)
+    root = tmp_path / "studies"
+    engine.run_here(engine.tasks(plain, root))
+    text = path.read_text().replace("sparse:\n", "sparse:\n      look: leak\n")
+    path.write_text(text)
+    study = schema.load(path)
+    todo = engine.tasks(plan.plan(path, study, small), root)
+    assert [task.job.done for task in todo] == [True, False, True, False]
+    monkeypatch.setattr(worker, "_train", lambda *a: pytest.fail("trained again"))
+    engine.run_here(todo)
+    content = results.collect("study", study, todo)
+    own = [run for run in content["runs"] if run["member"] == "sparse"]
+    assert all(run["ce_own_future"] == run["ce_other_future"] for run in own)
+    assert set(content["looks"]) == {"sparse"}
+
+
 @pytest.mark.slow
 def test_a_study_killed_half_way_ends_with_equal_figures(todo, tmp_path):
     steps = {"trainer__steps": 60, "trainer__save_every": 5}
@@ -52,7 +94,7 @@ def test_a_study_killed_half_way_ends_with_equal_figures(todo, tmp_path):
     expected = [figures(task) for task in whole]
     root = tmp_path / "again"
     again = [
-        engine.Task(t.planned, replace(t.job, folder=str(root / os.path.basename(t.job.folder))))
+        replace(t, job=replace(t.job, folder=str(root / os.path.basename(t.job.folder))))
         for t in whole
     ]  # fmt: skip
     for task in again[:2]:  # a dense run and a sparse one

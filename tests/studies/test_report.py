@@ -39,6 +39,16 @@ def test_an_answer_is_the_headline_and_the_rest():
     )
 
 
+def test_a_verdict_that_a_second_draw_does_not_confirm_is_undecided():
+    lost = {**PLAIN, "says": "b", "verdict": "not reproduced"}
+    first = {"comparisons": [PLAIN, lost]}
+    again = {"comparisons": [PLAIN, {**lost, "verdict": "reversed"}]}
+    assert sections.final_verdicts(first, None) == ["reproduced", "not reproduced"]
+    assert sections.final_verdicts(first, first) == ["reproduced", "not reproduced"]
+    assert sections.final_verdicts(first, again) == ["reproduced", sections.UNDECIDED]
+    assert "*undecided at this scale*: b" in sections.answer(first, again)
+
+
 @pytest.mark.parametrize(
     ("title", "link"), [("The ladder", "the-ladder"), ("A: b, c's (d)", "a-b-cs-d")]
 )

@@ -3,7 +3,7 @@
 import pytest
 
 from nano_moe.studies import verdicts
-from nano_moe.studies.schema import Comparison, Recovered
+from nano_moe.studies.schema import Comparison, Recovered, Trend
 
 NAMES = Recovered(base="dense", part="sparse", whole="large")
 MEMBERS = {
@@ -43,3 +43,43 @@ def test_a_gain_is_a_difference_or_the_logarithm_of_a_factor(relative, mean, ver
     assert found["mean"] == pytest.approx(mean, rel=1e-5)
     assert (found["verdict"], found["n"]) == (verdict, 2)
     assert verdicts.compare(one, sides, smoke=True)["verdict"] == verdicts.WITHHELD
+
+
+def test_a_member_is_compared_with_itself_in_another_figure():
+    one = Comparison(
+        says="s", better="a", than="a", figure="class_share", than_figure="domain_share",
+        higher=True, smallest_effect=0.1,
+    )  # fmt: skip
+    sides = {"a": {s: {"class_share": 0.5 + s / 100, "domain_share": 0.2} for s in (1, 2)}}
+    found = verdicts.compare(one, sides, smoke=False)
+    assert found["gains"] == pytest.approx({"1": 0.31, "2": 0.32})
+
+
+def test_a_seed_that_one_side_lacks_is_left_out():
+    one = Comparison(says="s", better="a", than="b", smallest_effect=0.1)
+    sides = {"a": {1: {"ce": 1.0}}, "b": {1: {"ce": 2.0}, 2: {"ce": 9.0}}}
+    assert verdicts.compare(one, sides, smoke=False)["gains"] == {"1": 1.0}
+
+
+def test_a_trend_is_the_slope_per_doubling_of_every_line_and_seed():
+    of = Trend(
+        says="s", per="doubling of tokens", smallest_effect=0.1,
+        lines=({"1": ("s1", "d1"), "2": ("s2", "d2"), "4": ("s4", "d4")},),
+    )  # fmt: skip
+    leads = {1: (0.1, 0.3, 0.5), 2: (0.2, 0.3, 0.4)}  # 0.2 and 0.1 a doubling
+    sides = {}
+    for place, x in enumerate((1, 2, 4)):
+        sides[f"d{x}"] = {seed: {"ce": 4.0} for seed in leads}
+        sides[f"s{x}"] = {seed: {"ce": 4.0 - lead[place]} for seed, lead in leads.items()}
+    found = verdicts.trend(of, sides, smoke=False)
+    assert found["gains"] == pytest.approx({"line 1, seed 1": 0.2, "line 1, seed 2": 0.1})
+    assert found["mean"] == pytest.approx(0.15) and found["n"] == 2
+
+
+def test_a_trend_of_members_is_how_their_figure_falls():
+    of = Trend(
+        says="s", per="doubling of experts", smallest_effect=0.1,
+        lines=({"4": "a", "8": "b", "16": "c"},),
+    )  # fmt: skip
+    sides = {name: {1: {"ce": ce}} for name, ce in (("a", 4.0), ("b", 3.9), ("c", 3.8))}
+    assert verdicts.trend(of, sides, smoke=False)["mean"] == pytest.approx(0.1)

@@ -5,6 +5,7 @@ import pytest
 from nano_moe.errors import UserError
 from nano_moe.studies import schema
 
+TREND = "  trends:\n    - says: t\n      per: x\n      smallest_effect: 1\n      lines: [{1: "
 GRID = "  grid: {field: optim.lr, values: [0.1, 0.2, 0.3, 0.4]}\n  members:"
 
 
@@ -25,6 +26,12 @@ GRID = "  grid: {field: optim.lr, values: [0.1, 0.2, 0.3, 0.4]}\n  members:"
         ("  members:", GRID, "not both"),
         ("  members:", "  step_times: {spars: 1}\n  members:", "no member 'spars'"),
         ("study:", "studies:", "not a study"),
+        ("than: dense", "than: dense\n      figure: cee", "no figure 'cee'; there are ce,"),
+        ("than: dense", "than: dense\n      figure: ce_prefix", "'sparse' has no ce_prefix"),
+        ("  comparisons:", f"{TREND}a, 2: b, 4: dense}}]\n  comparisons:", "no member 'a'"),
+        ("  comparisons:", f"{TREND}dense, 2: sparse}}]\n  comparisons:", "three points"),
+        ("fields: {model.d_ff", "seeds: [3], fields: {model.d_ff", "seed that the study has not"),
+        ("fields: {model.d_ff", "start_from: dens, fields: {model.d_ff", "no member 'dens'"),
     ],
 )
 def test_faults_are_one_line_with_the_file(written, old, new, message):
