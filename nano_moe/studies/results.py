@@ -177,7 +177,9 @@ def _looks(done: Sequence[Task]) -> dict[str, dict[str, Any]]:
 
 def introduced(path: Path, rule: str) -> str | None:
     """The commit that brought a study file to this rule; None outside git, or if not committed."""
-    commits = _git(path, "log", "--follow", "--format=%H", "--", path.name)
+    base = recipe_file.parse(path.read_text(encoding="utf-8"), path.name).values.get("base")
+    files = ["--follow", "--", path.name] if base is None else ["--", path.name, base]
+    commits = _git(path, "log", "--format=%H", *files)
     oldest = None
     for commit in (commits or "").split():
         if _rule_at(path, commit) != rule:

@@ -1,8 +1,10 @@
 """Figures of several runs, by hand."""
 
+import subprocess
+
 import pytest
 
-from nano_moe.studies import verdicts
+from nano_moe.studies import results, schema, verdicts
 from nano_moe.studies.schema import Comparison, Recovered, Trend
 
 NAMES = Recovered(base="dense", part="sparse", whole="large")
@@ -83,3 +85,31 @@ def test_a_trend_of_members_is_how_their_figure_falls():
     )  # fmt: skip
     sides = {name: {1: {"ce": ce}} for name, ce in (("a", 4.0), ("b", 3.9), ("c", 3.8))}
     assert verdicts.trend(of, sides, smoke=False)["mean"] == pytest.approx(0.1)
+
+
+def test_a_rule_is_as_old_as_the_last_commit_that_changed_what_decides(written):
+    path = written()
+    again = path.with_name("again.yaml")
+    again.write_text("base: study.yaml\nstudy: {repeats: study, seeds: [3, 4]}\n")
+
+    def git(*arguments):
+        named = ("-c", "user.name=n", "-c", "user.email=e")
+        command = ["git", "-C", str(path.parent), *named, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(message):
+        git("add", "-A")
+        git("commit", "-qm", message)
+        return git("rev-parse", "HEAD")
+
+    git("init", "-q")
+    first = commit("first")
+    path.write_text(path.read_text().replace("Does it pay?", "Does it?"))
+    commit("words")
+    for file in (path, again):
+        assert results.introduced(file, schema.load(file).rule) == first
+    path.write_text(path.read_text().replace("0.02", "0.01"))
+    assert results.introduced(path, schema.load(path).rule) is None
+    third = commit("rule")
+    for file in (path, again):
+        assert results.introduced(file, schema.load(file).rule) == third
