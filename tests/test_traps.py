@@ -38,7 +38,7 @@ from nano_moe.model.routing import (
     probabilities_of,
     scores_of,
 )
-from nano_moe.studies import plan
+from nano_moe.studies import leak, plan
 from nano_moe.studies.schema import Comparison, Member, Study
 from nano_moe.training import optimizers
 from nano_moe.training.balancing import Balancing
@@ -604,6 +604,15 @@ def test_t13_expert_choice_leaks(moe_config, build, tokens, training):
         assert_past_ignores_the_future(model, tokens)
     with mistake:
         assert_a_sequence_ignores_its_neighbours(model, tokens)
+
+
+@pytest.mark.parametrize("routing", ["token_choice", "expert_choice"])
+def test_t13_shuffled_futures_tell_the_leak(moe_config, build, routing):
+    model = build(moe_config(moe={"routing": routing})).eval()
+    drawn = torch.randint(0, 264, (4, 13), generator=torch.Generator().manual_seed(0))
+    found = leak.losses(model, drawn[:, :-1], drawn[:, 1:], rows=4)
+    leaks = found["ce_own_future"] != found["ce_other_future"]
+    assert leaks == (routing == "expert_choice")
 
 
 def test_t13_its_loss_enters_no_evaluation_and_no_study(moe_config, build, tiny_corpus, tmp_path):

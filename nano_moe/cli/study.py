@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from nano_moe.cli.output import figure, print_json, print_table
 from nano_moe.errors import UserError
 
 if TYPE_CHECKING:
-    from nano_moe.studies.catalogue import Found
+    from nano_moe.studies.catalogue import Found, Place
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +48,14 @@ def run(args: argparse.Namespace) -> int:
     chosen = [catalogue.find(name) for name in args.study] or catalogue.everything()
     if not chosen:
         raise UserError(f"{catalogue.STUDIES}: holds no study; restore the folder")
-    act = _verify if args.action == "verify" else _smoke if args.tier == "smoke" else _run
-    statuses = [_guarded(act, found, args) for found in catalogue.in_running_order(chosen)]
-    if args.action == "run" and args.tier == "full" and 0 in statuses:
+    ordered = catalogue.in_running_order(chosen)
+    if args.tier == "smoke":
+        with catalogue.smoke_place() as place:
+            act = functools.partial(_smoke, place=place)
+            return max(_guarded(act, found, args) for found in ordered)
+    verb = _verify if args.action == "verify" else _run
+    statuses = [_guarded(verb, found, args) for found in ordered]
+    if args.action == "run" and 0 in statuses:
         _report(args)
     return max(statuses)
 
@@ -82,10 +88,10 @@ def _run(found: Found, args: argparse.Namespace) -> int:
     return 0
 
 
-def _smoke(found: Found, args: argparse.Namespace) -> int:
+def _smoke(found: Found, args: argparse.Namespace, place: Place) -> int:
     from nano_moe.studies import catalogue
 
-    _print(catalogue.smoke(found), args)
+    _print(catalogue.smoke(found, place), args)
     return 0
 
 

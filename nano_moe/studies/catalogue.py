@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,13 @@ class Found(NamedTuple):
     @property
     def results(self) -> Path:
         return self.path.parent / "results" / f"{self.name}.json"
+
+
+class Place(NamedTuple):
+    """Where smoke tests run, and the overrides that name their text."""
+
+    root: Path
+    text: Sequence[str]
 
 
 class Outcome(NamedTuple):
@@ -118,20 +126,26 @@ def check_classes(found: Found) -> None:
             )
 
 
-def smoke(found: Found) -> dict[str, Any]:
+@contextlib.contextmanager
+def smoke_place() -> Iterator[Place]:
+    """A temporary folder with a made-up text, for smoke tests that share their runs."""
+    with text_folder(SMOKE_WORDS) as (folder, text):
+        yield Place(folder / "studies", text)
+
+
+def smoke(found: Found, place: Place) -> dict[str, Any]:
     """The same on models of a few weights and a made-up text, in this process; no verdicts."""
     check_classes(found)
     few = found.study.model_copy(update={"seeds": found.study.seeds[:SMOKE_SEEDS]})
     check_fair(found.path, few, plan(found.path, few, FULL))
+    planned = plan(found.path, few, {**FULL, **_small(place.text)})
+    todo = engine.tasks(planned, place.root, smoke=True)
     threads = torch.get_num_threads()  # a job sets its own
-    with text_folder(SMOKE_WORDS) as (folder, text):
-        planned = plan(found.path, few, {**FULL, **_small(text)})
-        todo = engine.tasks(planned, folder / "studies", smoke=True)
-        try:
-            engine.run_here(todo)
-        finally:
-            torch.set_num_threads(threads)
-        content = results.collect(found.name, few, todo, smoke=True)
+    try:
+        engine.run_here(todo)
+    finally:
+        torch.set_num_threads(threads)
+    content = results.collect(found.name, few, todo, smoke=True)
     if few.step_times or few.timed:
         content["step_times"] = clock.step_times(few, planned, QUICK_TIMING)
     return content

@@ -29,10 +29,10 @@ def test_a_study_is_found_by_its_name_alone(shelf, tmp_path):
             catalogue.find(name, tmp_path)
 
 
-def test_a_class_that_the_grid_does_not_know_is_refused_before_any_run(shelf):
+def test_a_class_that_the_grid_does_not_know_is_refused_before_any_run(shelf, tmp_path):
     found = shelf(("sparse:\n", "sparse:\n      tuned_as: top-22\n"))
     with pytest.raises(UserError, match="has no 'top-22'; there are dense, dense-total"):
-        catalogue.smoke(found)
+        catalogue.smoke(found, catalogue.Place(tmp_path / "studies", ()))
 
 
 def results_of(found, **fields):

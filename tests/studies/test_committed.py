@@ -37,10 +37,16 @@ def test_a_study_is_fair_and_its_runs_are_of_one_budget(found):
     assert max(one.recipe.trainer.steps for one in trained) <= 1000
 
 
+@pytest.fixture(scope="module")
+def place():
+    with catalogue.smoke_place() as found:
+        yield found
+
+
 @by_name
-def test_a_study_runs_in_small_and_withholds_its_verdicts(found):
+def test_a_study_runs_in_small_and_withholds_its_verdicts(found, place):
     threads = torch.get_num_threads()
-    content = catalogue.smoke(found)
+    content = catalogue.smoke(found, place)
     assert torch.get_num_threads() == threads
     json.dumps(content, allow_nan=False)
     verdicts = {one["verdict"] for one in content.get("comparisons", [])}
