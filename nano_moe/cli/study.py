@@ -102,13 +102,17 @@ def _verify(found: Found, args: argparse.Namespace) -> int:
     if args.json:
         print_json(outcome)
     else:
-        how = "to the bit" if outcome["same_machine"] else "on another machine"
-        says = "holds" if outcome["holds"] else "DOES NOT HOLD"
-        print(
-            f"{found.name}: {outcome['run']}: {outcome['stored']} stored, {outcome['again']} "
-            f"again, {how}: {says}"
-        )
+        print(f"{found.name}: {outcome['run']}: {_found_again(outcome)}")
     return 0 if outcome["holds"] else 1
+
+
+def _found_again(outcome: dict[str, Any]) -> str:
+    where = {"same_machine": "another machine", "same_sources": "changed sources"}
+    other = ", ".join(what for name, what in where.items() if not outcome[name])
+    holds = "equal to the bit" if outcome["exact"] else "near enough"
+    says = f"{holds}: it holds" if outcome["holds"] else "IT DOES NOT HOLD"
+    on = f" on {other}" if other else ""
+    return f"{outcome['stored']} stored, {outcome['again']} again{on}; {says}"
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -165,40 +165,60 @@ def _plain(value: str) -> Value:
 def verify(found: Found, seed: int | None = None) -> dict[str, Any]:
     """Train one run of a study's results again, drawn at random, and compare its loss.
 
-    Equal to the bit where the machine is the same, else within the smallest effect claimed. Raises
-    UserError where the results are of other recipes, text, sources or threads than are here now.
+    Equal to the bit where machine and sources are the same, else within the smallest effect
+    claimed. Raises UserError where the results are of another recipe, text or number of threads.
     """
     stored = results.read(found.results)
     check_rule(found, stored)
     planned = plan(found.path, found.study, FULL)
     whole = [one for one in planned if not one.measure and one.source is None]
-    todo = engine.tasks(whole)
-    task = random.Random(seed).choice(todo)
-    before = _stored_run(stored, task.planned, found)
-    if before["key"] != task.job.key:
-        raise UserError(
-            f"{found.results}: {task.name} has key {before['key']} there and {task.job.key} here: "
-            f"recipe, text, sources or threads changed; run: make reproduce STUDY={found.name}"
-        )
+    one = random.Random(seed).choice(whole)
+    before = _stored_run(stored, one, found)
     root = engine.ROOT / "verify"
-    again = engine.tasks([task.planned], root)
-    shutil.rmtree(again[0].job.folder, ignore_errors=True)
-    failed = engine.run_all(f"verify {found.name}", again)
+    (task,) = engine.tasks([one], root)
+    shutil.rmtree(task.job.folder, ignore_errors=True)
+    _check_same(found, stored, before, task)
+    failed = engine.run_all(f"verify {found.name}", [task])
     if failed:
         raise UserError(f"{task.name}: {failed[task.name]}")
-    after = engine.read_result(again[0].job)
-    shutil.rmtree(again[0].job.folder)
+    after = engine.read_result(task.job)
+    shutil.rmtree(task.job.folder)
+    return {"study": found.name, "run": task.name, **_compared(found, before, after)}
+
+
+def _check_same(
+    found: Found, stored: dict[str, Any], before: dict[str, Any], task: engine.Task
+) -> None:
+    """Raises UserError where a stored run is of another recipe, text or number of threads."""
+    member = stored["members"][task.planned.member]
+    here = {
+        "recipe": results.what_runs(task.recipe),
+        "text": task.corpus,
+        "threads": task.job.threads,
+    }
+    there = {"recipe": member["recipe"], "text": before["corpus"], "threads": member["threads"]}
+    differs = [name for name in here if here[name] != there[name]]
+    if differs:
+        raise UserError(
+            f"{found.results}: {task.name}: {' and '.join(differs)} changed since; run: make "
+            f"reproduce STUDY={found.name}"
+        )
+
+
+def _compared(found: Found, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     made_with = (after["machine"]["cpu"], after["versions"]["torch"])
-    same = made_with == (before["machine"], before["torch"])
-    effects = [one.smallest_effect for one in found.study.comparisons]
-    within = 0.0 if same else min(effects, default=ROUNDING)
+    same_machine = made_with == (before["machine"], before["torch"])
+    same_sources = after["key"] == before["key"]
+    exact = after["ce"] == before["ce"]
+    effects = [one.smallest_effect for one in found.study.comparisons if one.figure == "ce"]
+    within = 0.0 if same_machine and same_sources else min(effects, default=ROUNDING)
     return {
-        "study": found.name,
-        "run": task.name,
         "stored": before["ce"],
         "again": after["ce"],
-        "same_machine": same,
-        "holds": abs(after["ce"] - before["ce"]) <= within,
+        "same_machine": same_machine,
+        "same_sources": same_sources,
+        "exact": exact,
+        "holds": exact or abs(after["ce"] - before["ce"]) <= within,
     }
 
 

@@ -38,10 +38,11 @@ POLL = 0.5  # seconds
 
 @dataclass(frozen=True)
 class Task:
-    """A planned run, the recipe that it trains, and the job that does it."""
+    """A planned run, the recipe that it trains on which text, and the job that does it."""
 
     planned: Planned
     recipe: Recipe
+    corpus: str | None  # its sha256
     job: Job
 
     @property
@@ -83,7 +84,7 @@ def tasks(planned: Sequence[Planned], root: Path = ROOT, *, smoke: bool = False)
             lies = next(root.glob(f"*-{key}"), None)
             folders[key] = lies or root / f"{one.stem}-{recipe.seed}-{key}"
         job = Job(str(folders[key]), key, threads, one.measure, one.look)
-        found[one.member, one.seed] = Task(one, recipe, job)
+        found[one.member, one.seed] = Task(one, recipe, corpus, job)
     return [found[one.member, one.seed] for one in planned]
 
 

@@ -82,3 +82,30 @@ def test_the_verb_refuses_in_one_line(capsys, arguments, fault):
     assert main(["study", *arguments]) == 2
     said = capsys.readouterr().err
     assert fault in said and said.count("\n") == 1
+
+
+def test_a_finished_study_is_verified_by_training_one_run_again(
+    shelf, small, tmp_path, monkeypatch
+):
+    found = shelf()
+    monkeypatch.setattr(catalogue, "FULL", {**catalogue.FULL, **small})
+    monkeypatch.setattr(catalogue.engine, "ROOT", tmp_path / "studies")
+    assert catalogue.run(found, workers=2).failed == {}
+    outcome = catalogue.verify(found, seed=0)
+    assert outcome["exact"] and outcome["holds"] and outcome["same_sources"]
+    assert list((tmp_path / "studies" / "verify").iterdir()) == []
+
+    content = json.loads(found.results.read_text())
+    member, seed = outcome["run"].split(", seed ")
+    (run,) = [r for r in content["runs"] if (r["member"], r["seed"]) == (member, int(seed))]
+    run["key"] = "of other sources"
+    found.results.write_text(json.dumps(content))
+    outcome = catalogue.verify(found, seed=0)
+    assert outcome["holds"] and not outcome["same_sources"]
+    run["ce"] += 1
+    found.results.write_text(json.dumps(content))
+    assert not catalogue.verify(found, seed=0)["holds"]
+    run["corpus"] = "another text"
+    found.results.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="text changed since; run: make reproduce STUDY=study"):
+        catalogue.verify(found, seed=0)
