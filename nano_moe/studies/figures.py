@@ -92,9 +92,9 @@ def _band(
 
 
 def _curves(axes: Axes, content: Mapping[str, Any]) -> None:
-    """Training loss of tokens not seen before, a band per member; the first tenth is left out."""
+    """Training loss of tokens not seen before, a band per member; the first fifth is left out."""
     for number, (member, band) in enumerate(content["curves"].items()):
-        start = len(band["at"]) // 10
+        start = len(band["at"]) // 5
         _band(axes, number, member, [at / 1e6 for at in band["at"]][start:], band)
     axes.set_xlabel("million tokens")
     axes.set_ylabel("training cross-entropy, nats per token")

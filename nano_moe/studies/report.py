@@ -90,30 +90,29 @@ def _into_readme(readme: Path, reported: Sequence[Reported]) -> Iterator[Path]:
 
 
 def readme_block(reported: Sequence[Reported]) -> str:
-    """A row per study, its first claim being the headline, and the first study's figure."""
+    """Each study's first claim and what was reversed of the others; the first study's figure."""
     judged = [one for one in reported if "comparisons" in one.content]
     if not judged:
         return ""
-    header = ("study", "claim", "verdict", "gain (95 %)", "could have seen", "its other claims")
+    header = ("study", "claim", "verdict", "gain (95 %)", "could have seen", "other claims")
     first = judged[0].found
     return (
-        f"\n{table(header, [_row(one) for one in judged])}\n"
+        f"\n{table(header, [row for one in judged for row in _rows(one)])}\n"
         f"![{first.study.title}]({RESULTS}/{first.name}.png)\n\n"
     )
 
 
-def _row(one: Reported) -> tuple[str, ...]:
-    title, headline = one.found.study.title, one.content["comparisons"][0]
-    verdict, *others = final_verdicts(one.content, one.again)
-    counted = [f"{others.count(v)} {v}" for v in dict.fromkeys(others)]
-    return (
-        f"[{title}]({RESULTS}/RESULTS.md#{anchor(title)})",
-        headline["says"],
-        f"**{verdict}**",
-        gain(headline),
-        could_have_seen(headline),
-        ", ".join(counted) or "–",
-    )
+def _rows(one: Reported) -> Iterator[tuple[str, ...]]:
+    verdicts = final_verdicts(one.content, one.again)
+    claims = list(zip(one.content["comparisons"], verdicts, strict=True))
+    shown = [claims[0], *(claim for claim in claims[1:] if claim[1] == "reversed")]
+    rest = [verdict for claim, verdict in claims[1:] if verdict != "reversed"]
+    counted = ", ".join(f"{rest.count(v)} {v}" for v in dict.fromkeys(rest)) or "–"
+    title = one.found.study.title
+    link = f"[{title}]({RESULTS}/RESULTS.md#{anchor(title)})"
+    for number, (claim, verdict) in enumerate(shown):
+        told = (claim["says"], f"**{verdict}**", gain(claim), could_have_seen(claim))
+        yield (link, *told, counted) if number == 0 else ("", *told, "")
 
 
 def anchor(title: str) -> str:
