@@ -73,8 +73,9 @@ show: $(STAMP) ## the resolved RECIPE
 prepare: $(STAMP) ## tokenize RECIPE's text once
 	@$(NANO) prepare $(call quote,$(RECIPE)) $(OVERRIDES)
 
-tensorboard: $(STAMP) ## open all runs in TensorBoard (PORT=6006)
-	$(plain)@$(BIN)/tensorboard --logdir checkpoints --host 127.0.0.1 --port $(call quote,$(PORT))
+tensorboard: $(STAMP) ## compare all runs in the browser, or RUNS="a b", or those of STUDY=name (PORT=6006)
+	$(plain)@$(NANO) tensorboard $(foreach r,$(call given,RUNS),$(call quote,$(r))) \
+		$(if $(call given,STUDY),--study $(call quote,$(STUDY))) --port $(call quote,$(PORT))
 
 test: $(STAMP) ## the fast tests
 	$(plain)@$(BIN)/pytest $(call given,ARGS)

@@ -95,7 +95,8 @@ class RoutingTally:
         return [self._row(layer) for layer in self.entropy]
 
     def _row(self, layer: int) -> dict[str, Any]:
-        counts = self.joint[layer, "domain"].sum(0)
+        by_domain = self.joint[layer, "domain"]
+        counts = by_domain.sum(0)
         information = {
             f"{name}_information": mutual_information(self.joint[layer, name]).item()
             for name in self.sizes
@@ -103,6 +104,7 @@ class RoutingTally:
         return {
             "layer": layer,
             "load": (counts / counts.sum()).tolist(),
+            "domain_load": (by_domain / by_domain.sum(-1, keepdim=True).clamp_min(1)).tolist(),
             **{name: value.item() for name, value in load_statistics(counts).items()},
             "router_entropy": (self.entropy[layer] / self.tokens).item(),
             **information,  # in bits; load_entropy * log2(E) is the most it can be

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from nano_moe.evaluation import Evaluation
 
 
+LISTED = ("layer", "load", "domain_load")  # not one figure each
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     add_json(parser)
@@ -52,7 +55,7 @@ def _print(scored: Evaluation) -> None:
     ]
     print_table("validation", ("domain", "CE (nats)", "bits/byte", "perplexity", "tokens"), rows)
     if scored.routing:
-        names = tuple(name for name in scored.routing[0] if name not in ("layer", "load"))
+        names = tuple(name for name in scored.routing[0] if name not in LISTED)
         routing = [
             (str(row["layer"]), *(figure(row[name], 3) for name in names)) for row in scored.routing
         ]

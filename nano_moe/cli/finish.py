@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nano_moe.cli.output import duration, print_json
@@ -16,6 +14,7 @@ if TYPE_CHECKING:
     from nano_moe.text.store import Corpus
     from nano_moe.training.fit import Result
 
+BESIDE = "beside other runs in the browser: make tensorboard"
 NOT_EVALUATED = (
     "not evaluated: with routing=expert_choice a token's experts depend on the tokens after it, so "
     "train/ce is no language-modelling loss and must not be compared"
@@ -37,7 +36,7 @@ def finish(run: Run, recipe: Recipe, corpus: Corpus, result: Result, *, as_json:
         if as_json:
             print_json({**figures, "ce": None})
         else:
-            print(f"{trained}\n{NOT_EVALUATED}\n{_tensorboard(run)}")
+            print(f"{trained}\n{NOT_EVALUATED}\n{BESIDE}")
         return 0
     overall = result.evaluation.overall
     if as_json:
@@ -48,7 +47,7 @@ def finish(run: Run, recipe: Recipe, corpus: Corpus, result: Result, *, as_json:
         f"validation loss {overall.ce:.4f} nats per token, {overall.bpb:.4f} bits per byte "
         f"({overall.tokens:,} tokens)\n"
         f"{_sample(run, recipe, corpus)}\n"
-        f"{_tensorboard(run)}"
+        f"{BESIDE}"
     )
     return 0
 
@@ -61,9 +60,3 @@ def _sample(run: Run, recipe: Recipe, corpus: Corpus) -> str:
     text = prompt + "".join(generate(model, corpus.tokenizer, prompt, max_tokens=100))
     best = "" if step == recipe.trainer.steps else f" (best.ckpt, of step {step})"
     return f"sample{best}: {text}"
-
-
-def _tensorboard(run: Run) -> str:
-    script = Path(sys.executable).with_name("tensorboard")
-    program = os.path.relpath(script) if script.exists() else "tensorboard"
-    return f"TensorBoard: {program} --logdir {run.path.parent} --host 127.0.0.1"

@@ -20,6 +20,7 @@ VERBS = {
     "eval": "score a run on the whole validation split",
     "sample": "continue a prompt with a trained run",
     "compare": "runs side by side at equal tokens, FLOPs and seconds",
+    "tensorboard": "runs, or those of a study, side by side in the browser",
     "break-even": "the share of dense runs' tokens and time that sparse runs need",
     "study": "published claims, tested by runs and read by rules fixed before them",
     "count": "parameters, FLOPs and bytes of a recipe or a published model",
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: nano-moe VERB …   (each verb has --help)\n")
-        print("\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items()))
+        print("\n".join(f"  {verb:<13}{text}" for verb, text in VERBS.items()))
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:

@@ -15,7 +15,7 @@ import torch
 from nano_moe.bench.recipes import FOLDER, QUICK, text_folder
 from nano_moe.bench.timing import QUICK as QUICK_TIMING
 from nano_moe.errors import UserError
-from nano_moe.runs import write_json
+from nano_moe.runs import Run, write_json
 from nano_moe.studies import clock, engine, results
 from nano_moe.studies.plan import Planned, check_fair, plan
 from nano_moe.studies.schema import Study, Value, load
@@ -96,6 +96,18 @@ def run(found: Found, *, workers: int | None = None) -> Outcome:
         content["step_times"] = clock.step_times(found.study, planned)
         write_json(found.results, content)
     return Outcome(content, {})
+
+
+def runs_of(found: Found) -> dict[str, Run]:
+    """The study's runs that are finished here, by member and seed; raises UserError for none."""
+    todo = engine.tasks(plan(found.path, found.study, FULL))
+    done = {task.name: task.job.run for task in todo if task.job.done and not task.job.measure}
+    if not done:
+        raise UserError(
+            f"{found.name}: none of its runs is in {engine.ROOT}; run: make reproduce "
+            f"STUDY={found.name}"
+        )
+    return done
 
 
 def check_tuned(found: Found, planned: Sequence[Planned]) -> None:

@@ -2,18 +2,21 @@
 
 import csv
 import math
+import re
 import signal
 import time
 from collections import defaultdict
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
 from nano_moe.accounting import count
 from nano_moe.evaluation import evaluate
 from nano_moe.runs import load_model
-from nano_moe.training import module, validation
+from nano_moe.training import logbook, module, validation
+from nano_moe.training.alarm import Alarm
 from nano_moe.training.checkpoint import AtomicCheckpointIO
 from nano_moe.training.clock import Clock
 from nano_moe.training.module import Decoder
@@ -23,6 +26,8 @@ COLUMNS = ["step", "tokens", "flops", "seconds", "train/ce", "train/load_balanci
 COLUMNS += ["train/router_z_loss", "val/ce", "val/bpb"]
 ALWAYS = {"train/loss", "train/ce", "val/ce", "val/bpb", "val_bpb/text", "grad_norm/total"}
 ALWAYS |= {"optim/lr/hidden", "optim/lr/embedding", "speed/tokens_per_second"}
+BUDGETS = ("tokens", "megaflops", "milliseconds")
+ALWAYS |= {f"by_{budget}/{loss}" for budget in BUDGETS for loss in ("train_ce", "val_ce")}
 LAYER = ("max_vio", "load_entropy", "max_share", "dead_experts", "router_entropy")
 LAYER += ("load_balancing_loss", "router_z_loss")
 
@@ -38,7 +43,7 @@ def events(run) -> dict[str, list[tuple[int, float]]]:
 
 
 def sparse_tags(layers: list[int], experts: int) -> set[str]:
-    tags = {"train/load_balancing_loss", "train/router_z_loss", "optim/lr/router"}
+    tags = {"train/load_balancing_loss", "train/router_z_loss", "optim/lr/router", "val/max_vio"}
     tags |= {"grad_norm/router", "grad_norm/experts"}
     tags |= {f"moe/layer{layer}/{figure}" for layer in layers for figure in LAYER}
     return tags | {f"moe_load/layer{i}/{e}" for i in layers for e in range(experts)}
@@ -80,6 +85,78 @@ def test_rows_come_at_the_recipes_intervals_and_after_the_last_step(workshop):
         tokens = int(row["step"]) * 4 * 16
         assert int(row["tokens"]) == tokens
         assert int(row["flops"]) == tokens * count(run.recipe()).train_flops_per_token
+
+
+def test_losses_are_drawn_over_tokens_flops_and_time(workshop):
+    run, _ = workshop.train(workshop.recipe("softmax"))
+    found, rows = events(run), workshop.rows(run)
+    for loss in ("train", "val"):
+        series = [(int(r["tokens"]), float(r[f"{loss}/ce"])) for r in rows if r[f"{loss}/ce"]]
+        drawn = found[f"by_tokens/{loss}_ce"]
+        assert [place for place, _ in drawn] == [tokens for tokens, _ in series]
+        assert [value for _, value in drawn] == pytest.approx([ce for _, ce in series], rel=1e-6)
+        places = [place for place, _ in found[f"by_megaflops/{loss}_ce"]]
+        assert places == [round(int(r["flops"]) / 1e6) for r in rows if r[f"{loss}/ce"]]
+
+
+def test_a_run_says_what_it_is_and_how_to_lay_it_out(workshop):
+    run, result = workshop.train(workshop.recipe("softmax"))
+    reader = EventAccumulator(str(run.path), size_guidance={"tensors": 0, "images": 0}).Reload()
+    texts = {
+        name: reader.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode()
+        for name in ("recipe", "accounting")
+    }
+    assert "n_experts: 4" in texts["recipe"]
+    assert f"| total_params | {count(run.recipe()).total_params:,} |" in texts["accounting"]
+    assert "_hparams_/session_start_info" in reader.PluginTagToContent("hparams")
+    charts = logbook.layout(run.recipe())
+    tags = set(events(run))
+    for category in charts.values():
+        for _, patterns in category.values():
+            assert any(re.fullmatch(patterns[0], tag) for tag in tags), patterns
+    images = reader.Images("routing/load")
+    assert [image.step for image in images] == [4, 8, 10]
+    assert (images[0].width, images[0].height) == (160 + 4 * 36, 3 * 18)
+    assert reader.Images("routing/domains")[0].height == (2 * 1 + 1) * 18
+    worst = max(layer["max_vio"] for layer in result.evaluation.routing)
+    assert events(run)["val/max_vio"][-1] == (10, pytest.approx(worst, rel=1e-6))
+
+
+def test_a_heat_map_is_darkest_where_the_share_is_largest():
+    picture = logbook.heat_map([[0.1, 0.9], [0.5, 0.0]], ["a", "b"], 2)
+    corner = [[picture[18 * r + 1, 160 + 36 * c].sum() for c in (0, 1)] for r in (1, 2)]
+    assert corner[0][1] < corner[1][0] < corner[0][0] < corner[1][1] == 3 * 255
+
+
+def test_event_files_of_a_run_on_a_laptop_stay_small(workshop):
+    """150 rows and 30 validations of 2 layers of 4 experts; bytes grow with layers and experts."""
+    changes = {"trainer__steps": 150, "trainer__log_every": 1, "trainer__val_every": 5}
+    run, _ = workshop.train(workshop.recipe("softmax", **changes))
+    size = sum(file.stat().st_size for file in run.path.glob("events*"))
+    assert size < 1_500_000
+
+
+def alarm_on(*counts, top_k=1):
+    found = Alarm(top_k, every=10, enabled=False)
+    return [found.faults(torch.tensor(each), [0, 3][: len(each)]) for each in counts]
+
+
+def test_an_alarm_names_a_crowded_expert_and_a_dead_one_once():
+    told = alarm_on([[25, 25, 25, 25]], [[70, 10, 10, 10]], [[75, 25, 0, 0]], [[75, 25, 0, 0]])
+    assert told == [
+        [],
+        ["layer 0: 70% of the tokens go to expert 0"],
+        ["layer 0: experts 2, 3 got no token for 10 steps"],
+        [],
+    ]
+
+
+def test_an_alarm_counts_tokens_and_not_assignments():
+    """Of top-2 assignments half is all tokens; of 4 experts each has half of the tokens anyway."""
+    assert alarm_on([[40, 20, 20, 20, 20, 20, 20, 40]], top_k=2) == [[]]
+    (crowded,) = alarm_on([[80, 20, 20, 20, 20, 20, 10, 10]], top_k=2)
+    assert crowded == ["layer 0: 80% of the tokens go to expert 0"]
+    assert alarm_on([[65, 45, 45, 45]], top_k=2) == [[]]  # 65 % of the tokens, and 50 % is even
 
 
 def test_tensorboard_and_metrics_csv_hold_the_same_figures(workshop):
@@ -215,7 +292,10 @@ def test_a_resumed_run_repeats_no_step_and_misses_none(workshop, monkeypatch):
     mine, theirs = events(broken), events(whole)
     assert mine.keys() == theirs.keys()
     for tag in mine.keys() - {"speed/tokens_per_second"}:
-        assert mine[tag] == theirs[tag]
+        here, there = mine[tag], theirs[tag]
+        if tag.startswith("by_milliseconds/"):  # the clock's own
+            here, there = ([value for _, value in series] for series in (here, there))
+        assert here == there, tag
     assert [step for step, _ in mine["train/ce"]] == list(range(1, 11))
 
 
