@@ -8,7 +8,12 @@ from torch import nn
 
 from nano_moe.config import ModelConfig, MoEConfig
 from nano_moe.errors import UserError
-from nano_moe.inference.generate import check_sampling, generate, next_token_probabilities
+from nano_moe.inference.generate import (
+    check_sampling,
+    generate,
+    generate_all,
+    next_token_probabilities,
+)
 from nano_moe.model.gpt import GPT, init_weights
 from nano_moe.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
@@ -39,7 +44,8 @@ class Says(nn.Module):
         self.seen: list[list[int]] = []
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(self, tokens):
+    def forward(self, tokens, cache):
+        cache.read(tokens.shape[1])
         self.seen.append(tokens[0].tolist())
         logits = torch.zeros(1, tokens.shape[1], self.vocab)
         logits[0, -1, next(self.script)] = 100.0
@@ -122,7 +128,8 @@ def test_draws_follow_the_distribution():
     """A thousand one-token continuations; each share within five standard errors."""
 
     class Fixed(Says):
-        def forward(self, tokens):
+        def forward(self, tokens, cache):
+            cache.read(tokens.shape[1])
             logits = torch.full((1, tokens.shape[1], 264), -1e9)
             logits[0, -1, [65, 66, 67]] = torch.tensor([0.5, 0.3, 0.2]).log()
             return logits, []
@@ -135,18 +142,36 @@ def test_draws_follow_the_distribution():
 # --- the text ------------------------------------------------------------------------------------
 
 
-def test_greedy_takes_the_likeliest_token_each_time_over_a_sliding_window(model):
-    ids = [END, *b"ab"]
-    for _ in range(30):
-        logits = model(torch.tensor([ids[-CONFIG.context :]]))[0][0, -1]
-        ids.append(int(logits[:257].argmax()))
-        if ids[-1] == END:
-            break
-    expected = ByteTokenizer().decode([i for i in ids[3:] if i != END])
+def uncached(model, ids, steps):
+    """Greedy, every token from a forward pass over all before it; half the context when full."""
+    window = list(ids)
+    for _ in range(steps):
+        if len(window) > CONFIG.context:
+            window = window[-(CONFIG.context // 2) :]
+        window.append(int(model(torch.tensor([window]))[0][0, -1, :257].argmax()))
+        yield window[-1]
+        if window[-1] == END:
+            return
+
+
+def test_greedy_takes_the_likeliest_token_each_time_also_past_the_context(model):
+    ids = list(uncached(model, [END, *b"ab"], 30))
+    assert len(ids) > CONFIG.context
+    expected = ByteTokenizer().decode([i for i in ids if i != END])
     for seed in range(2):
         assert "".join(draw(model, temperature=0, seed=seed)) == expected
         assert "".join(draw(model, top_k=1, temperature=2.0, seed=seed)) == expected
     assert "".join(draw(model, top_p=1e-6, temperature=2.0)) == expected
+
+
+def test_prompts_drawn_together_say_what_each_says_alone(model):
+    prompts = ["ab", "", "a longer one that fills the context", "x"]
+    settings = {"max_tokens": 20, "temperature": 1.0, "top_p": 0.9}
+    together = [""] * 4
+    for row, piece in generate_all(model, ByteTokenizer(), prompts, seed=5, **settings):
+        together[row] += piece
+    alone = ["".join(draw(model, p, seed=5 + row, **settings)) for row, p in enumerate(prompts)]
+    assert together == alone and len(set(together)) == 4
 
 
 def test_a_seed_repeats_and_another_differs(model):
@@ -157,12 +182,14 @@ def test_a_seed_repeats_and_another_differs(model):
     assert torch.initial_seed() == 0  # nor is the global generator touched
 
 
-def test_the_window_starts_with_the_end_token_and_slides_when_full():
+def test_each_token_is_read_once_and_half_the_context_again_when_it_is_full():
     says = Says([*range(40, 70)])
     draw(says, "ab", max_tokens=20)
     everything = [END, *b"ab", *range(40, 60)]
-    windows = [everything[: 3 + n][-CONFIG.context :] for n in range(20)]
-    assert says.seen == windows
+    ones = [[token] for token in everything]
+    first = [everything[:3], *ones[3:12]]
+    again = [everything[7:13], *ones[13:19], everything[14:20]]  # the 13th token finds 12 places
+    assert says.seen == [*first, *again, *ones[20:22]]
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_end():
@@ -214,8 +241,8 @@ def test_rows_of_the_embedding_that_no_token_uses_are_never_drawn():
     """vocab_size is rounded up; 264 rows, 257 tokens."""
 
     class Padded(Says):
-        def forward(self, tokens):
-            logits, _ = super().forward(tokens)
+        def forward(self, tokens, cache):
+            logits, _ = super().forward(tokens, cache)
             logits[..., 257:] = 1e4
             return logits, []
 

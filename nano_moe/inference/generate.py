@@ -1,18 +1,18 @@
-"""Sample a continuation, token by token, as text that streams.
+"""Continue prompts, token by token, as text that streams.
 
-Shapes: T time, V vocabulary.
+Shapes: B prompts, T time, V vocabulary.
 """
 
 from __future__ import annotations
 
 import codecs
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from nano_moe.errors import UserError
+from nano_moe.inference.decoding import Decoding
 from nano_moe.model.gpt import GPT
 from nano_moe.text.tokenizer import Tokenizer
 
@@ -20,7 +20,7 @@ from nano_moe.text.tokenizer import Tokenizer
 def next_token_probabilities(
     logits: Tensor, *, temperature: float, top_k: int | None, top_p: float
 ) -> Tensor:
-    """Logits (V,) to the distribution to draw from (V,): temperature, then top-k, then top-p.
+    """Logits (..., V) to the distributions to draw from: temperature, then top-k, then top-p.
 
     Temperature 0 puts everything on the likeliest token. Top-p keeps the smallest set of
     likeliest tokens whose mass reaches `top_p` (Holtzman et al. 2020, eq. 2-3).
@@ -29,14 +29,15 @@ def next_token_probabilities(
         raise UserError("the model's logits are not finite; this run diverged, use another")
     logits = logits.double()  # so that a tiny temperature or top-p does not round to 0
     if temperature == 0:
-        return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
-    ranked, order = ((logits - logits.max()) / temperature).sort(descending=True, stable=True)
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    largest = logits.amax(-1, keepdim=True)
+    ranked, order = ((logits - largest) / temperature).sort(dim=-1, descending=True, stable=True)
     ranked = ranked.softmax(-1)
     if top_k is not None:
-        ranked[top_k:] = 0
+        ranked[..., top_k:] = 0
     before = ranked.cumsum(-1) - ranked
-    ranked[before >= top_p * ranked.sum()] = 0
-    return torch.zeros_like(logits).index_copy_(0, order, ranked / ranked.sum())
+    ranked[before >= top_p * ranked.sum(-1, keepdim=True)] = 0
+    return torch.zeros_like(logits).scatter_(-1, order, ranked / ranked.sum(-1, keepdim=True))
 
 
 def generate(
@@ -52,38 +53,60 @@ def generate(
 ) -> Iterator[str]:
     """Yield pieces of text as they are sampled, until an end token or `max_tokens`.
 
-    An empty prompt starts a new document. The window slides when the context is full. Raises
+    An empty prompt starts a new document. When the context is full, its later half goes on. Raises
     UserError for a model that sees the future.
     """
-    model.config.check_causal()
-    shape = functools.partial(
-        next_token_probabilities, temperature=temperature, top_k=top_k, top_p=top_p
-    )
-    return _pieces(model, tokenizer, prompt, max_tokens, shape, seed)
+    pieces = generate_all(
+        model, tokenizer, [prompt], max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, seed=seed,
+    )  # fmt: skip
+    return (piece for _, piece in pieces)
 
 
-@torch.no_grad()
-def _pieces(
+def generate_all(
     model: GPT,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompts: Sequence[str],
+    *,
     max_tokens: int,
-    probabilities_of: Callable[[Tensor], Tensor],
-    seed: int,
-) -> Iterator[str]:
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    ids = [tokenizer.end_id, *(int(i) for i in tokenizer.encode(prompt))]
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> Iterator[tuple[int, str]]:
+    """As `generate`, of several prompts at once: (number of the prompt, piece) as they are drawn.
+
+    Prompt i draws from a generator seeded with `seed` + i, as if it were alone.
+    """
+    model.config.check_causal()
+    drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    rows = [[tokenizer.end_id, *(int(i) for i in tokenizer.encode(text))] for text in prompts]
+    return _pieces(Decoding(model, rows), tokenizer, max_tokens, drawing, seed)
+
+
+def _pieces(
+    decoding: Decoding, tokenizer: Tokenizer, max_tokens: int, drawing: dict, seed: int
+) -> Iterator[tuple[int, str]]:
+    n_rows = len(decoding.rows)
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(n_rows)]
+    text = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n_rows)]
+    going = list(range(n_rows))
     for _ in range(max_tokens):
-        window = torch.tensor([ids[-model.config.context :]], device=device)
-        logits = model(window)[0][0, -1, : tokenizer.n_vocab].cpu()
-        token = int(torch.multinomial(probabilities_of(logits), 1, generator=generator))
-        if token == tokenizer.end_id:
+        logits = decoding.next_logits()[:, : tokenizer.n_vocab].cpu()  # (B, V)
+        chances = next_token_probabilities(logits, **drawing)
+        drawn = [
+            int(torch.multinomial(chance, 1, generator=generators[row]))
+            for row, chance in zip(going, chances, strict=True)
+        ]
+        for row, token in zip(going, drawn, strict=True):
+            if token != tokenizer.end_id:
+                yield row, text[row].decode(tokenizer.decode_bytes([token]))
+        decoding.append(drawn, [token != tokenizer.end_id for token in drawn])
+        going = [r for r, token in zip(going, drawn, strict=True) if token != tokenizer.end_id]
+        if not going:
             break
-        ids.append(token)
-        yield decoder.decode(tokenizer.decode_bytes([token]))
-    yield decoder.decode(b"", final=True)
+    for row, rest in enumerate(text):
+        yield row, rest.decode(b"", final=True)
 
 
 def check_sampling(

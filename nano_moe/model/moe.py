@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nano_moe.config import ModelConfig
+from nano_moe.model.cache import LayerCache
 from nano_moe.model.experts import Experts
 from nano_moe.model.ffn import FFN
 from nano_moe.model.router import make_router
@@ -34,9 +35,14 @@ class MoE(nn.Module):
         gated = moe.shared_expert_gate
         self.shared_gate = nn.Linear(config.d_model, 1, bias=False) if gated else None
 
-    def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x (B, T, D) and the tokens' ids (B, T), which hash routing needs; (B, T, D)."""
-        routing = self.router(x, tokens)
+    def forward(
+        self, x: Tensor, tokens: Tensor | None = None, past: LayerCache | None = None
+    ) -> tuple[Tensor, Routing]:
+        """x (B, T, D) and the tokens' ids (B, T), which hash routing needs; (B, T, D).
+
+        `past` is for routers that see more than the token.
+        """
+        routing = self.router(x, tokens, past)
         if self.training and self.capacity_factor is not None:
             routing = drop_overflow(routing, x.shape[0], self.capacity_factor)
         y = self.experts(x.reshape(-1, x.shape[-1]), routing).view_as(x)
