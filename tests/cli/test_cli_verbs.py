@@ -219,15 +219,22 @@ def test_eval_in_words_has_the_same_figures(shop):
 
 
 def test_sample_is_one_text_for_one_seed(shop):
-    first, same, other = (
-        shop.json("sample", "done", "--prompt", "the fox", "--tokens", "40", "--seed", seed)
-        for seed in ("1", "1", "2")
-    )
-    assert first.keys() == {"prompt", "text", "step", "seconds"}
-    assert first["text"] == same["text"] != other["text"]
-    words = ("sample", "done", "--prompt", "the fox", "--tokens", "40", "--seed", "1")
-    status, out, _ = shop.run(*words)
-    assert status == 0 and out == f"the fox{first['text']}\n"
+    words = ("sample", "done", "--prompt", "the fox", "--tokens", "40", "--seed")
+    first, same, other = (shop.json(*words, seed) for seed in ("1", "1", "2"))
+    assert first.keys() == {"samples", "step", "seconds"}
+    assert first["samples"] == same["samples"] != other["samples"]
+    status, out, _ = shop.run(*words, "1")
+    (sample,) = first["samples"]
+    assert status == 0 and out == f"the fox{sample['text']}\n"
+
+
+def test_several_prompts_are_drawn_together(shop):
+    both = shop.json("sample", "done", "--prompt", "a", "--prompt", "the fox", "--tokens", "9")
+    alone = shop.json("sample", "done", "--prompt", "a", "--tokens", "9")
+    assert [sample["prompt"] for sample in both["samples"]] == ["a", "the fox"]
+    assert both["samples"][0] == alone["samples"][0]
+    _, out, _ = shop.run("sample", "done", "--prompt", "a", "--prompt", "the fox", "--tokens", "9")
+    assert out == "".join(f"{s['prompt']}{s['text']}\n\n" for s in both["samples"])
 
 
 def test_compare_prints_every_run_at_every_budget(shop):
