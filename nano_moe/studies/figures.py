@@ -38,7 +38,7 @@ def draw(content: Mapping[str, Any], kind: str) -> bytes:
             figure = Figure(figsize=(WIDTH * 0.6, 3.2), layout="constrained")
             panel(figure.subplots(), content)
         else:
-            size = (WIDTH, max(3.0, 1.2 + ROW * len(content["comparisons"])))
+            size = (WIDTH, max(4.0, 1.2 + ROW * len(content["comparisons"])))
             figure = Figure(figsize=size, layout="constrained")
             left, right = figure.subplots(1, 2)
             _gains(left, content["comparisons"])
@@ -92,13 +92,27 @@ def _band(
 
 
 def _curves(axes: Axes, content: Mapping[str, Any]) -> None:
-    """Training loss of tokens not seen before, a band per member; the first fifth is left out."""
-    for number, (member, band) in enumerate(content["curves"].items()):
-        start = len(band["at"]) // 5
-        _band(axes, number, member, [at / 1e6 for at in band["at"]][start:], band)
-    axes.set_xlabel("million tokens")
-    axes.set_ylabel("training cross-entropy, nats per token")
-    _legend(axes)
+    """Training loss of tokens not seen before, and below it the leads over the first member.
+
+    Bands over seeds; the first fifth of the loss and the first tenth of the leads is left out.
+    """
+    figure, place = axes.get_figure(), axes.get_subplotspec()
+    assert figure is not None and place is not None
+    axes.remove()
+    rows = place.subgridspec(2, 1)
+    upper, lower = figure.add_subplot(rows[0]), figure.add_subplot(rows[1])
+    for axis, name, part in ((upper, "curves", 5), (lower, "leads", 10)):
+        for member, band in content[name].items():
+            start = len(band["at"]) // part
+            number = list(content["curves"]).index(member)
+            _band(axis, number, member, [at / 1e6 for at in band["at"]][start:], band)
+    upper.set_ylabel("training CE")
+    upper.tick_params(labelbottom=False)
+    lower.set_ylabel(f"lead over {next(iter(content['curves']))}")
+    lower.axhline(0, color="0.5", lw=1)
+    lower.set_xlabel("million tokens (nats per token)")
+    upper.set_xlim(lower.get_xlim())
+    _legend(upper)
 
 
 def _flops(axes: Axes, content: Mapping[str, Any]) -> None:

@@ -23,6 +23,9 @@ from nano_moe.studies.verdicts import compare, recovered, trend
 ELSEWHERE = ("machine", "versions", "curve", "balance")  # in other places of the file, or shorter
 
 
+Series = list[tuple[int, float]]  # (place, value)
+
+
 def collect(
     name: str,
     study: Study,
@@ -56,7 +59,7 @@ def collect(
     ]
     if study.recovered is not None:
         content["recovered"] = recovered(study.recovered, by_member, content["members"])
-    content["curves"] = _curves(found)
+    content |= _curves(found)
     if study.figure == "balance":
         content["balance"] = _balance(found)
     if any(task.job.look for task in done):
@@ -127,15 +130,36 @@ def _grid(study: Study, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _curves(found: Sequence[tuple[Task, dict[str, Any]]]) -> dict[str, Any]:
-    """Each member's training loss over tokens: mean, lowest and highest of its seeds."""
-    curves: dict[str, list[list[tuple[int, float]]]] = {}
+    """Each member's training loss over tokens, and its lead over the first member's: bands.
+
+    A lead is of one seed, and so of the same batches; members of other budgets have none.
+    """
+    curves: dict[str, dict[int, Series]] = {}
     for task, result in found:
         if not task.job.measure:
-            curves.setdefault(task.planned.member, []).append(result["curve"])
-    return {member: _band(series) for member, series in curves.items()}
+            curves.setdefault(task.planned.member, {})[task.planned.seed] = result["curve"]
+    if not curves:
+        return {"curves": {}, "leads": {}}
+    first, *others = curves
+    leads = {
+        member: [
+            _lead(curves[first][seed], curve)
+            for seed, curve in curves[member].items()
+            if len(curve) == len(curves[first].get(seed, ()))
+        ]
+        for member in others
+    }
+    return {
+        "curves": {member: _band(list(by_seed.values())) for member, by_seed in curves.items()},
+        "leads": {member: _band(of) for member, of in leads.items() if of},
+    }
 
 
-def _band(series: Sequence[Sequence[tuple[int, float]]]) -> dict[str, list[float]]:
+def _lead(over: Series, of: Series) -> Series:
+    return [(at, round(a - b, 4)) for (at, a), (_, b) in zip(over, of, strict=True)]
+
+
+def _band(series: Sequence[Series]) -> dict[str, list[float]]:
     """Mean, lowest and highest of several series over the same points."""
     columns = list(zip(*series, strict=True))
     values = [[value for _, value in column] for column in columns]
