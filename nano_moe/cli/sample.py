@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from nano_moe import runs
 from nano_moe.cli.arguments import add_json, add_run
 from nano_moe.cli.output import print_json
+from nano_moe.runs import Run
+
+if TYPE_CHECKING:
+    from nano_moe.inference.offload import ExpertStore
+    from nano_moe.model.gpt import GPT
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +28,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest only")
     parser.add_argument("--top-p", type=float, default=0.95, help="likeliest mass kept (0.95)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (0)")
+    parser.add_argument(
+        "--expert-budget", metavar="SIZE", help="leave experts on disk but for 25%% or 64MB of them"
+    )
+    parser.add_argument(
+        "--expert-policy", choices=("lru", "lfu"), default="lru", help="which expert makes room"
+    )
     add_json(parser)
 
 
@@ -37,23 +50,46 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
     }
     check_sampling(**settings)
-    _, model, step = runs.load_model(found)
+    model, step, store = _load(found, args)
     tokenizer = Tokenizer.load(found.tokenizer_file)
     check_fits(tokenizer, model.config.vocab_size)
     prompts = args.prompt or ["The"]
     pieces = generate_all(model, tokenizer, prompts, **settings)
     if len(prompts) == 1 and not args.json:
         _stream(prompts[0], (piece for _, piece in pieces))
+        _tell(store)
         return
     begun = time.perf_counter()
     texts = _together(len(prompts), pieces)
     seconds = time.perf_counter() - begun
     if args.json:
         rows = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
-        print_json({"samples": rows, "step": step, "seconds": seconds})
+        experts = store and {**store.counts._asdict(), "hit_rate": store.counts.hit_rate}
+        print_json({"samples": rows, "step": step, "seconds": seconds, "experts": experts})
         return
     for prompt, text in zip(prompts, texts, strict=True):
         print(f"{prompt}{text}\n")
+    _tell(store)
+
+
+def _load(run: Run, args: argparse.Namespace) -> tuple[GPT, int, ExpertStore | None]:
+    if args.expert_budget is None:
+        _, model, step = runs.load_model(run)
+        return model, step, None
+    from nano_moe.inference.offload import load_offloaded
+
+    _, model, step, store = load_offloaded(run, args.expert_budget, policy=args.expert_policy)
+    return model, step, store
+
+
+def _tell(store: ExpertStore | None) -> None:
+    if store is not None:
+        print(
+            f"experts in memory: {len(store.first)} of {len(store.file.keys)}; "
+            f"{store.counts.hit_rate:.0%} of {store.counts.hits + store.counts.misses:,} calls "
+            f"found theirs there",
+            file=sys.stderr,
+        )
 
 
 def _stream(prompt: str, pieces: Iterable[str]) -> None:

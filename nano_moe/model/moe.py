@@ -29,7 +29,7 @@ class MoE(nn.Module):
         moe, width, act = config.moe, config.expert_width, config.activation
         self.capacity_factor = moe.capacity_factor
         self.router = make_router(config, layer)
-        self.experts = Experts(moe.n_experts, config.d_model, width, moe.backend, act)
+        self.experts: nn.Module = Experts(moe.n_experts, config.d_model, width, moe.backend, act)
         n_shared = moe.n_shared_experts
         self.shared = FFN(config.d_model, n_shared * width, act) if n_shared else None
         gated = moe.shared_expert_gate

@@ -221,7 +221,7 @@ def test_eval_in_words_has_the_same_figures(shop):
 def test_sample_is_one_text_for_one_seed(shop):
     words = ("sample", "done", "--prompt", "the fox", "--tokens", "40", "--seed")
     first, same, other = (shop.json(*words, seed) for seed in ("1", "1", "2"))
-    assert first.keys() == {"samples", "step", "seconds"}
+    assert first.keys() == {"samples", "step", "seconds", "experts"}
     assert first["samples"] == same["samples"] != other["samples"]
     status, out, _ = shop.run(*words, "1")
     (sample,) = first["samples"]
@@ -235,6 +235,18 @@ def test_several_prompts_are_drawn_together(shop):
     assert both["samples"][0] == alone["samples"][0]
     _, out, _ = shop.run("sample", "done", "--prompt", "a", "--prompt", "the fox", "--tokens", "9")
     assert out == "".join(f"{s['prompt']}{s['text']}\n\n" for s in both["samples"])
+
+
+def test_experts_left_on_disk_say_the_same(shop):
+    words = ("sample", "done", "--prompt", "the fox", "--tokens", "30")
+    whole, left = shop.json(*words), shop.json(*words, "--expert-budget", "50%")
+    assert left["samples"] == whole["samples"] and left["step"] == whole["step"]
+    assert whole["experts"] is None and 0 < left["experts"]["hit_rate"] <= 1
+    _, out, err = shop.run(*words, "--expert-budget", "100%", "--expert-policy", "lfu")
+    assert out == f"the fox{whole['samples'][0]['text']}\n" and "calls found theirs there" in err
+    fault = shop.fault("sample", "done", "--expert-budget", "1%")
+    assert "holds 0 of" in fault and "or more" in fault
+    assert "25% or 64MB" in shop.fault("sample", "done", "--expert-budget", "half")
 
 
 def test_compare_prints_every_run_at_every_budget(shop):

@@ -1,0 +1,147 @@
+"""Experts on disk: the same results within any budget, and never more in memory than it allows."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from nano_moe import runs
+from nano_moe.errors import UserError
+from nano_moe.inference import expert_file
+from nano_moe.inference.expert_file import EXPERTS, split_weights
+from nano_moe.inference.offload import ExpertStore, load_offloaded
+from nano_moe.model.gpt import GPT, init_weights
+from nano_moe.runs import SCHEMA, Run
+
+KINDS = {
+    "softmax": {},
+    "hash": {"routing": "hash"},
+    "window": {"router_window": 2},
+    "sigmoid": {"score": "sigmoid", "bias_update_rate": 0.01, "n_shared_experts": 1, "d_expert": 8},
+    "one-layer": {"first_k_dense": 1},
+}
+
+
+@pytest.fixture
+def saved(tmp_path, moe_config, recipe_of):
+    """saved(kind, **model fields) -> (run, its decoder), untrained and written as a checkpoint."""
+
+    def make(kind="softmax", seed=0, **fields) -> tuple[Run, GPT]:
+        recipe = recipe_of(moe_config(moe={"n_experts": 6, **KINDS[kind]}, **fields))
+        run = Run(tmp_path / kind)
+        if not run.path.exists():
+            runs.create(recipe, stem="run", name=kind, root=tmp_path)
+        model = init_weights(GPT(recipe.model), seed).eval()
+        state = {f"model.{name}": weight for name, weight in model.state_dict().items()}
+        checkpoint = {"nano_moe": {"schema": SCHEMA}, "state_dict": state, "global_step": 7}
+        torch.save(checkpoint, run.best)
+        return run, model
+
+    return make
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget", ["20%", "50%", "100%"])
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_logits_are_those_of_the_whole_model(saved, tokens, kind, budget, policy, prefetch):
+    run, whole = saved(kind)
+    if kind == "one-layer" and budget == "20%":
+        budget = "34%"
+    _, model, step, store = load_offloaded(run, budget, policy=policy, prefetch=prefetch)
+    assert step == 7
+    for piece in (tokens, tokens[:1, :1], tokens[:, :3], tokens[:1, :1]):
+        found, wanted = model(piece), whole(piece)
+        torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-6)
+        assert len(store.slots) <= len(store.first)
+    assert set(store.slots.values()) <= set(range(len(store.first)))
+    assert len(set(store.slots.values())) == len(store.slots) and not store.held
+    if budget == "100%" and not prefetch:
+        assert store.counts.misses == len(store.slots)  # each was read once
+
+
+def test_the_model_holds_no_expert_of_its_own(saved):
+    run, whole = saved(tie_embeddings=False)
+    _, model, _, store = load_offloaded(run, "50%")
+    names = {name for name, _ in model.named_parameters()}
+    assert names == {name for name, _ in whole.named_parameters() if ".experts." not in name}
+    assert store.first.numel() + store.down.numel() == 6 * 3 * 16 * 16
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_hits_are_those_of_the_policy_by_hand(saved, policy):
+    run, _ = saved()
+    file, _, _ = split_weights(run)
+    store, chance = ExpertStore(file, 3, policy), random.Random(0)
+    calls = [chance.choice(file.keys[:7]) for _ in range(200)]
+    inside, uses, hits = [], Counter(), 0
+    for key in calls:
+        uses[key] += 1
+        hits += key in inside
+        if key in inside:
+            inside.remove(key)
+        elif len(inside) == 3:
+            inside.remove(inside[0] if policy == "lru" else min(inside, key=lambda k: uses[k]))
+        inside.append(key)
+        store.get(key)
+        store.let_go(key)
+    assert store.counts.hits == hits and store.counts.misses == 200 - hits
+    assert set(store.slots) == set(inside)
+
+
+def test_a_store_never_hands_out_another_experts_weights(saved):
+    run, whole = saved()
+    file, _, _ = split_weights(run)
+    store, chance = ExpertStore(file, 4), random.Random(1)
+    for _ in range(300):
+        store.guess([chance.choice(file.keys) for _ in range(2)])
+        layer, expert = key = chance.choice(file.keys)
+        first, down = store.get(key)
+        experts = whole.blocks[layer].ffn.experts
+        assert torch.equal(first, experts.gate_up[expert])
+        assert torch.equal(down, experts.down[expert])
+        store.let_go(key)
+
+
+def test_a_right_guess_is_a_hit(saved):
+    run, _ = saved()
+    file, _, _ = split_weights(run)
+    store = ExpertStore(file, 4)
+    store.guess([(0, 1), (0, 2)])
+    store.get((0, 1))
+    assert store.counts == (1, 0, 2, 1)
+
+
+def test_files_are_made_once_and_again_for_another_checkpoint(saved, monkeypatch):
+    run, _ = saved()
+    split_weights(run)
+    made = (run.path / EXPERTS).stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(expert_file, "load_model", lambda run: pytest.fail("made again"))
+        split_weights(run)
+    _, other = saved(seed=1)
+    file, _, _ = split_weights(run)
+    first, down = torch.empty(file.shapes[0]), torch.empty(file.shapes[1])
+    file.read(1, 5, first, down)
+    assert torch.equal(first, other.blocks[1].ffn.experts.gate_up[5])
+    assert (run.path / EXPERTS).stat().st_mtime_ns > made
+    (run.path / EXPERTS).write_bytes((run.path / EXPERTS).read_bytes()[:1000])
+    file, _, _ = split_weights(run)  # a torn file is made again
+    file.read(0, 0, first, down)
+    assert torch.equal(down, other.blocks[0].ffn.experts.down[0])
+
+
+def test_a_dense_run_is_refused(tmp_path, dense_config, recipe_of):
+    run = runs.create(recipe_of(dense_config()), stem="run", name="dense", root=tmp_path)
+    with pytest.raises(UserError, match="a dense run has no experts"):
+        load_offloaded(run, "25%")
+
+
+@pytest.mark.parametrize("budget", ["", "%", "25", "-5%", "0MB", "nan%", "infGB", "1e999MB", "2TB"])
+def test_a_budget_that_is_none_is_refused(saved, budget):
+    run, _ = saved()
+    with pytest.raises(UserError, match="--expert-budget"):
+        load_offloaded(run, budget)
