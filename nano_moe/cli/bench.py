@@ -19,7 +19,8 @@ from nano_moe.errors import UserError
 if TYPE_CHECKING:
     from nano_moe.bench.report import Report
 
-BENCHMARKS = ("layer", "step", "peers", "optimizer", "data", "char")
+BENCHMARKS = ("layer", "step", "peers", "optimizer", "data", "char", "offload")
+OPTIONS = {"peers": "litgpt_python", "offload": "run"}  # of one benchmark each
 FOLDER = runs.ROOT / "bench"
 MARK = "nano_moe_bench"  # a key of every file that this verb writes
 
@@ -36,15 +37,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="peers: the interpreter of an environment with litgpt",
     )
+    parser.add_argument("--run", metavar="RUN", help="offload: a trained run, for its hits")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     options = {}
-    if args.name == "peers":
-        options["litgpt_python"] = args.litgpt_python
-    elif args.litgpt_python is not None:
-        raise UserError(f"--litgpt-python: bench {args.name} has no use for it; drop it")
+    for name, option in OPTIONS.items():
+        given = getattr(args, option)
+        if args.name == name:
+            options[option] = given
+        elif given is not None:
+            flag = option.replace("_", "-")
+            raise UserError(f"--{flag}: bench {args.name} has no use for it; drop it")
     stem = f"{args.name}-quick" if args.quick else args.name
     out = Path(args.out) if args.out is not None else FOLDER / f"{stem}.json"
     check_out(out)

@@ -219,10 +219,9 @@ def slots_of(budget: str, file: ExpertFile, recipe: Recipe) -> int:
     assert recipe.model.moe is not None
     top_k = recipe.model.moe.top_k
     if slots < top_k:
-        least = f"{top_k * one / 1e6:.1f}MB or {100 * top_k / everything:.1f}%"
         raise UserError(
-            f"--expert-budget {budget}: holds {slots} of {everything} experts, and a token visits "
-            f"{top_k}; give {least} or more"
+            f"--expert-budget {budget}: holds {slots} of {everything} experts, {one:,} bytes each, "
+            f"and a token visits {top_k}; give {100 * top_k / everything:.1f}% or more"
         )
     return min(slots, everything)
 
