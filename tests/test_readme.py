@@ -83,4 +83,4 @@ def test_the_figures_it_explains_are_those_of_an_evaluation(moe_config, build, t
         build(moe_config(n_layers=1)), tiny_corpus, batch_size=4, precision="fp32"
     ).routing
     explained = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
-    assert row.keys() - {"layer", "load"} <= explained
+    assert row.keys() - {"layer", "load", "domain_load"} <= explained
