@@ -109,9 +109,14 @@ NORMALIZED = Demand(lambda c: c.moe is not None and c.moe.normalizes, _two_or_mo
 NOT_NORMALIZED = _moe(lambda m: not m.normalizes, normalize_top_k=False)
 NO_BIAS = _moe(lambda m: m.bias_update_rate == 0, **NO_BIAS_FIELDS)
 UNGATED = _field("moe.shared_expert_gate", False)
-NO_SHARED = _moe(
-    lambda m: m.n_shared_experts == 0, n_shared_experts=0, shared_expert_gate=False
+GATED = Demand(
+    lambda c: c.moe is not None and c.moe.shared_expert_gate,
+    lambda c: {
+        "moe.shared_expert_gate": True,
+        "moe.n_shared_experts": max(1, c.moe.n_shared_experts if c.moe is not None else 0),
+    },
 )
+NO_SHARED = _moe(lambda m: m.n_shared_experts == 0, n_shared_experts=0, shared_expert_gate=False)
 EVERY_LAYER = _field("moe.every_n_layers", 1)
 ALL_LAYERS_SPARSE = Demand(
     lambda c: all(c.is_sparse(layer) for layer in range(c.n_layers)),

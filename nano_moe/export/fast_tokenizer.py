@@ -6,6 +6,8 @@ from U+0100 on.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nano_moe.errors import UserError
 from nano_moe.text.tokenizer import (
+    GPT2_SHA256,
     UNKNOWN,
     BPETokenizer,
     ByteTokenizer,
@@ -106,9 +109,7 @@ def _characters(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=UNKNOWN_NAME))
     each = tokenizers.Regex(r"[\s\S]")
     backend.pre_tokenizer = pre_tokenizers.Split(each, "isolated")
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(UNKNOWN_NAME, UNKNOWN), decoders.Fuse()]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace(UNKNOWN_NAME, UNKNOWN), decoders.Fuse()])
     return backend
 
 
@@ -155,7 +156,12 @@ def _byte_level(saved: dict[str, Any], pieces: list[str]) -> Tokenizer:
     words = any(p.get("use_regex", True) for p in _parts(saved, "pre_tokenizer", "ByteLevel"))
     if not saved["model"]["merges"] and not words:
         return _equal(ByteTokenizer(), saved)
-    return _equal(BPETokenizer("bpe", ranks), saved)
+    return _equal(BPETokenizer("gpt2" if _are_gpt2(ranks) else "bpe", ranks), saved)
+
+
+def _are_gpt2(ranks: list[bytes]) -> bool:
+    lines = (base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(ranks))
+    return hashlib.sha256(b"".join(lines)).hexdigest() == GPT2_SHA256
 
 
 def _equal(tokenizer: Tokenizer, saved: dict[str, Any]) -> Tokenizer:

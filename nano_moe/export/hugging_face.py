@@ -48,6 +48,7 @@ def export(run: Run, target: Path) -> Result:
 
     The folder appears under its name when it is whole, or not at all.
     """
+    quiet()
     recipe = run.recipe()
     family = family_of(recipe.model)
     with creating_export(target) as folder:
@@ -109,7 +110,7 @@ def loading_options(config: ModelConfig) -> dict[str, Any]:
 
 def load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A folder's model in fp32 on the CPU, and which of its tensors did not find their place."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
         local_files_only=True,
@@ -117,6 +118,13 @@ def load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
         output_loading_info=True,
         **options,
     )
+    return loaded
+
+
+def quiet() -> None:
+    """Our own output says what their notes and progress bars would."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _loaded(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +11,12 @@ import transformers
 from pydantic import ValidationError
 from torch import Tensor
 
-from nano_moe import runs
-from nano_moe.accounting import count
+from nano_moe import recipe_file, runs
 from nano_moe.config import FieldFault, MLAConfig, ModelConfig, MoEConfig, Recipe
 from nano_moe.errors import UserError
 from nano_moe.export import fast_tokenizer
-from nano_moe.export.families import FAMILIES, config_of
-from nano_moe.export.hugging_face import PROVENANCE, SCHEMA, load, loading_options
+from nano_moe.export.families import FAMILIES, TARGETS, config_of
+from nano_moe.export.hugging_face import PROVENANCE, SCHEMA, creating_export, load, quiet
 from nano_moe.export.tensors import GATED, Traits, state_of, traits_of
 from nano_moe.files import replacing, write_text
 from nano_moe.model.gpt import GPT
@@ -74,6 +71,7 @@ class Source(NamedTuple):
 
 def read(folder: Path) -> Source:
     """Config, weights and tokenizer of a folder; raises UserError where one is none of ours."""
+    quiet()
     family, config = _config(folder)
     provenance = _provenance(folder)
     tokenizer = fast_tokenizer.read(folder / "tokenizer.json")
@@ -177,6 +175,13 @@ def model_of_config(source: Source, path: Path) -> ModelConfig:
             f"{path}: {field}: {theirs!r} changes what is computed, and our decoder does only "
             f"{wanted!r}"
         )
+    for target in TARGETS:
+        unmet = target.changes(ours) if target.name == source.family else []
+        if target.is_of_kind(ours) and unmet:
+            raise UserError(
+                f"{path}: {source.family} computes this otherwise than a recipe would; "
+                f"it needs {unmet[0]}"
+            )
     return ours
 
 
@@ -212,27 +217,31 @@ def _latent(theirs: Any) -> MLAConfig:
 
 
 def _experts(family: str, theirs: Any, traits: Traits) -> MoEConfig:
+    return MoEConfig.model_validate(_expert_fields(family, theirs, traits))
+
+
+def _expert_fields(family: str, theirs: Any, traits: Traits) -> dict[str, Any]:
     kind = FAMILIES[family]
     n_experts, top_k = _one_of(theirs, *EXPERTS), theirs.num_experts_per_tok
     width = _one_of(theirs, "moe_intermediate_size", "intermediate_size")
     groups = getattr(theirs, "n_group", None) or 1
-    return MoEConfig(
-        n_experts=n_experts,
-        top_k=top_k,
-        d_expert=width,
-        n_shared_experts=_n_shared(theirs, width) if traits.shared else 0,
-        shared_expert_gate=family in GATED and traits.gated,
-        first_k_dense=_first_sparse(theirs),
-        every_n_layers=_one_of(theirs, "decoder_sparse_step", "moe_layer_interval", default=1),
-        score="sigmoid" if kind.sigmoid else "softmax",
-        normalize_top_k=_normalizes(getattr(theirs, "norm_topk_prob", True), n_experts, top_k),
-        routed_scaling_factor=float(getattr(theirs, "routed_scaling_factor", 1.0)),
-        n_groups=groups,
-        top_k_groups=(getattr(theirs, "topk_group", None) or 1) if groups > 1 else 1,
-        group_score=kind.group_score if groups > 1 else "max",
-        bias_update_rate=0.001 if traits.biased else 0.0,
-        bias_rule="error" if traits.biased and not kind.sigmoid else "sign",
-    )
+    return {
+        "n_experts": n_experts,
+        "top_k": top_k,
+        "d_expert": width,
+        "n_shared_experts": _n_shared(theirs, width) if traits.shared else 0,
+        "shared_expert_gate": family in GATED and traits.gated,
+        "first_k_dense": _first_sparse(theirs),
+        "every_n_layers": _one_of(theirs, "decoder_sparse_step", "moe_layer_interval", default=1),
+        "score": "sigmoid" if kind.sigmoid else "softmax",
+        "normalize_top_k": _normalizes(getattr(theirs, "norm_topk_prob", True), n_experts, top_k),
+        "routed_scaling_factor": float(getattr(theirs, "routed_scaling_factor", 1.0)),
+        "n_groups": groups,
+        "top_k_groups": (getattr(theirs, "topk_group", None) or 1) if groups > 1 else 1,
+        "group_score": kind.group_score if groups > 1 else "max",
+        "bias_update_rate": 0.001 if traits.biased else 0.0,
+        "bias_rule": "error" if traits.biased and not kind.sigmoid else "sign",
+    }
 
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -275,24 +284,68 @@ def import_run(
 ) -> Run:
     """A new run folder with the weights as best.ckpt; raises UserError.
 
-    `corpus` is the text that a foreign folder's run is to be evaluated on.
+    `corpus` is the text that the run of a foreign folder is to be evaluated on.
     """
+    runs.check_name_is_free(name)
     check_fits(source.tokenizer, recipe.model.vocab_size)
-    state = state_of(source.family, recipe.model, source.weights)
     model = GPT(recipe.model)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        model.load_state_dict(state_of(source.family, recipe.model, source.weights))
+    except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder}: weights of another shape ({_first_line(error)})") from error
     manifest = _manifest(source, recipe, folder, corpus)
-    run = runs.create(recipe, stem=name, name=name)
-    try:
+    runs.ROOT.mkdir(parents=True, exist_ok=True)
+    target = Run(runs.ROOT / name)
+    with creating_export(target.path) as path:
+        path.mkdir()
+        run = Run(path)
+        write_text(run.recipe_file, recipe_file.dump(recipe))
         source.tokenizer.save(run.tokenizer_file)
-        _save(run.best, recipe, model, manifest["imported"]["step"])
+        with replacing(run.best) as file:
+            torch.save(_checkpoint(recipe, model, manifest["imported"]["step"]), file)
         runs.write_json(run.manifest_file, manifest)
-    except OSError as error:
-        for path in run.path.iterdir():
-            path.unlink()
-        run.path.rmdir()
-        raise UserError(f"{run.path}: could not be written ({error.strerror or error})") from error
-    return run
+    return target
+
+
+def _checkpoint(recipe: Recipe, model: GPT, step: int) -> dict[str, Any]:
+    """What `runs.load_model` reads: weights alone, nothing that training could go on from."""
+    return {
+        "nano_moe": {"schema": runs.SCHEMA, "recipe": recipe.model_dump()},
+        "state_dict": {f"model.{key}": value for key, value in model.state_dict().items()},
+        "global_step": step,
+    }
+
+
+def _manifest(
+    source: Source, recipe: Recipe, folder: Path, corpus: Corpus | None
+) -> dict[str, Any]:
+    """The exported run's manifest, or one that says what is known of a foreign folder."""
+    said = source.provenance
+    imported = {
+        "path": str(folder),
+        "architecture": f"{source.family}ForCausalLM",
+        "run": said["run"] if said else None,
+        "step": said["step"] if said else 0,
+    }
+    if said is not None and corpus is None:
+        return said["manifest"] | {"imported": imported}
+    assert corpus is not None
+    if corpus.tokenizer.pieces != source.tokenizer.pieces:
+        raise UserError(
+            f"{folder}: its tokenizer has {source.tokenizer.n_vocab:,} ids and is not the one of "
+            f"{corpus.path} ({corpus.tokenizer.kind}, {corpus.tokenizer.n_vocab:,}), so nothing "
+            "could be evaluated; name a recipe whose data section makes the same tokens"
+        )
+    described = runs.describe(recipe, corpus=corpus, device="cpu")
+    return described | {"imported": imported}
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

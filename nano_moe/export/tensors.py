@@ -29,7 +29,8 @@ class Rule(NamedTuple):
 
 def cut(tensors: Tensors, rules: list[Rule]) -> dict[str, Tensor]:
     """Our tensors (weights, or gradients) under their names; raises KeyError if one has no rule."""
-    by_name, made = {rule.ours: rule for rule in rules}, {}
+    by_name = {rule.ours: rule for rule in rules}
+    made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         rule = by_name[name]
         rows = tensor if rule.order is None else tensor[rule.order]
@@ -132,19 +133,19 @@ def without_training(
     """
     if config.moe is None:
         return config, dict(state)
-    factor = 1.0 if scales else config.moe.routed_scaling_factor
+    left = 1.0 if scales else config.moe.routed_scaling_factor
     kept = {}
     for name, tensor in state.items():
         if name.endswith("experts.down"):
             scale = state.get(name.replace("experts.down", "router.scale"))
             tensor = tensor if scale is None else tensor * scale[:, None, None]
-            tensor = tensor if factor == 1.0 else tensor * factor
+            tensor = tensor if left == 1.0 else tensor * left
         if not name.endswith(("router.noise", "router.scale")):
             kept[name] = tensor
+    factor = config.moe.routed_scaling_factor if scales else 1.0
     changes = {"noisy_top_k": False, "per_expert_scale": False, "init_from": None}
-    if not scales:
-        changes["routed_scaling_factor"] = 1.0
-    return config.model_copy(update={"moe": config.moe.model_copy(update=changes)}), kept
+    moe = config.moe.model_copy(update=changes | {"routed_scaling_factor": factor})
+    return config.model_copy(update={"moe": moe}), kept
 
 
 def weights_of(family: str, config: ModelConfig, state: Tensors) -> dict[str, Tensor]:
@@ -184,13 +185,11 @@ def state_of(family: str, config: ModelConfig, weights: Tensors) -> dict[str, Te
             assert config.moe is not None
             mlp = f"model.layers.{layer}.mlp."
             if family in BIASES:
-                bias = made.pop(f"{mlp}{BIASES[family]}")
-                if config.moe.bias_update_rate > 0:
-                    made[f"{mlp}{BIASES[family]}"] = bias.flatten()
+                _take_bias(made, f"{mlp}{BIASES[family]}", keep=config.moe.bias_update_rate > 0)
             if family in GATED and not config.moe.shared_expert_gate:
                 _take_shared_gate(made, mlp)
             if config.moe.n_shared_experts == 0:
-                made = {n: t for n, t in made.items() if not n.startswith(f"{mlp}shared_expert")}
+                _take_shared(made, f"{mlp}shared_expert")
     return joined(made, rules_of(family, config))
 
 
@@ -253,10 +252,31 @@ def silent(prefix: str, *, width: int, like: Tensor) -> dict[str, Tensor]:
     return rows | {f"{prefix}down_proj.weight": columns}
 
 
+def _take_bias(made: dict[str, Tensor], name: str, *, keep: bool) -> None:
+    if keep:
+        made[name] = made[name].flatten()
+    else:
+        _take_zeros(made, name)
+
+
+def _take_zeros(made: dict[str, Tensor], name: str) -> None:
+    """Drop what must not say anything; raises UserError where it does."""
+    if made.pop(name).any():
+        raise UserError(f"{name} is not zero, as the recipe that it came with demands")
+
+
 def _take_shared_gate(made: dict[str, Tensor], mlp: str) -> None:
-    made.pop(f"{mlp}shared_expert_gate.weight")
+    _take_zeros(made, f"{mlp}shared_expert_gate.weight")
     down = f"{mlp}shared_expert.down_proj.weight"
     made[down] = made[down] / 2
+
+
+def _take_shared(made: dict[str, Tensor], prefix: str) -> None:
+    for name in [name for name in made if name.startswith(prefix)]:
+        if name.endswith("down_proj.weight"):  # of zeros, it silences the other two
+            _take_zeros(made, name)
+        else:
+            made.pop(name)
 
 
 def _add_attention_gate(made: dict[str, Tensor], attention: str, n_heads: int) -> None:
