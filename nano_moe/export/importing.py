@@ -53,6 +53,7 @@ SILENT = {
     "use_sliding_window",
 }
 # The linear attention that Qwen3-Next has where `layer_types` says so.
+UNSEEN = Traits(biased=False, gated=True, shared=True)  # before weights are read
 SILENT |= {
     *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
     *("linear_num_key_heads", "linear_num_value_heads"),
@@ -73,6 +74,7 @@ def read(folder: Path) -> Source:
     """Config, weights and tokenizer of a folder; raises UserError where one is none of ours."""
     quiet()
     family, config = _config(folder)
+    model_of_config(family, config, UNSEEN, folder / "config.json")
     provenance = _provenance(folder)
     tokenizer = fast_tokenizer.read(folder / "tokenizer.json")
     return Source(family, config, _weights(folder), tokenizer, provenance)
@@ -140,7 +142,8 @@ def recipe_of(source: Source, rest: Recipe | None, where: Path) -> Recipe:
 
     What is not of the model comes from `rest`, else from the run that was exported.
     """
-    model = model_of_config(source, where / "config.json")
+    traits = traits_of(source.weights)
+    model = model_of_config(source.family, source.config, traits, where / "config.json")
     if source.provenance is None:
         if rest is None:
             raise UserError(
@@ -160,28 +163,24 @@ def recipe_of(source: Source, rest: Recipe | None, where: Path) -> Recipe:
     return exported if rest is None else rest.model_copy(update={"model": exported.model})
 
 
-def model_of_config(source: Source, path: Path) -> ModelConfig:
+def model_of_config(family: str, theirs: Any, traits: Traits, path: Path) -> ModelConfig:
     """Our config of theirs; raises UserError naming the first of its fields that says more."""
     try:
-        ours = _model(source.family, source.config, traits_of(source.weights))
+        ours = _model(family, theirs, traits)
     except (ValidationError, FieldFault, AttributeError, TypeError) as error:
         raise UserError(f"{path}: no recipe says this ({_fault(error)})") from error
-    field = _first_difference(source.config, config_of(source.family, ours))
+    again = config_of(family, ours)
+    field = _first_difference(theirs, again)
     if field is not None:
-        theirs, wanted = (
-            c.to_dict().get(field) for c in (source.config, config_of(source.family, ours))
-        )
+        said, done = (config.to_dict().get(field) for config in (theirs, again))
         raise UserError(
-            f"{path}: {field}: {theirs!r} changes what is computed, and our decoder does only "
-            f"{wanted!r}"
+            f"{path}: {field}: {said!r} changes what is computed; our decoder does {done!r} alone"
         )
-    for target in TARGETS:
-        unmet = target.changes(ours) if target.name == source.family else []
-        if target.is_of_kind(ours) and unmet:
-            raise UserError(
-                f"{path}: {source.family} computes this otherwise than a recipe would; "
-                f"it needs {unmet[0]}"
-            )
+    (target,) = (t for t in TARGETS if t.name == family and t.is_of_kind(ours))
+    for unmet in target.changes(ours):
+        raise UserError(
+            f"{path}: {family} computes this otherwise than a recipe would; it needs {unmet}"
+        )
     return ours
 
 
@@ -225,12 +224,13 @@ def _expert_fields(family: str, theirs: Any, traits: Traits) -> dict[str, Any]:
     n_experts, top_k = _one_of(theirs, *EXPERTS), theirs.num_experts_per_tok
     width = _one_of(theirs, "moe_intermediate_size", "intermediate_size")
     groups = getattr(theirs, "n_group", None) or 1
+    n_shared = _n_shared(theirs, width) if traits.shared else 0
     return {
         "n_experts": n_experts,
         "top_k": top_k,
         "d_expert": width,
-        "n_shared_experts": _n_shared(theirs, width) if traits.shared else 0,
-        "shared_expert_gate": family in GATED and traits.gated,
+        "n_shared_experts": n_shared,
+        "shared_expert_gate": family in GATED and traits.gated and n_shared > 0,
         "first_k_dense": _first_sparse(theirs),
         "every_n_layers": _one_of(theirs, "decoder_sparse_step", "moe_layer_interval", default=1),
         "score": "sigmoid" if kind.sigmoid else "softmax",
@@ -262,7 +262,7 @@ def _first_sparse(theirs: Any) -> int:
 def _n_shared(theirs: Any, width: int) -> int:
     whole = getattr(theirs, "shared_expert_intermediate_size", None)
     if whole is not None:
-        return max(1, whole // width)
+        return whole // width
     return _one_of(theirs, "n_shared_experts", "moe_num_shared_experts", default=0)
 
 
@@ -270,9 +270,17 @@ def _normalizes(said: bool, n_experts: int, top_k: int) -> bool | str:
     return "even_top_1" if said and top_k == 1 and n_experts > 1 else bool(said)
 
 
+def _spelt_out(config: Any) -> dict[str, Any]:
+    """A config's fields, with what an omitted width of heads means."""
+    said = config.to_dict()
+    if not said.get("head_dim"):
+        said["head_dim"] = config.hidden_size // config.num_attention_heads
+    return said
+
+
 def _first_difference(theirs: Any, ours: Any) -> str | None:
     """The first field in which two of their configs would compute otherwise."""
-    one, other = theirs.to_dict(), ours.to_dict()
+    one, other = _spelt_out(theirs), _spelt_out(ours)
     for field in sorted((one.keys() | other.keys()) - SILENT):
         if one.get(field) != other.get(field):
             return field
