@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -309,10 +310,17 @@ def import_run(
         run = Run(path)
         write_text(run.recipe_file, recipe_file.dump(recipe))
         source.tokenizer.save(run.tokenizer_file)
-        with replacing(run.best) as file:
-            torch.save(_checkpoint(recipe, model, manifest["imported"]["step"]), file)
+        _save(run.best, _checkpoint(recipe, model, manifest["imported"]["step"]))
         runs.write_json(run.manifest_file, manifest)
     return target
+
+
+def _save(path: Path, checkpoint: dict[str, Any]) -> None:
+    try:
+        with replacing(path) as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:  # as torch reports a full disk
+        raise OSError(errno.ENOSPC, "the disk may be full", str(path)) from error
 
 
 def _checkpoint(recipe: Recipe, model: GPT, step: int) -> dict[str, Any]:
