@@ -19,9 +19,10 @@ from nano_moe import recipe_file
 from nano_moe.config import ModelConfig, MoEConfig
 from nano_moe.errors import UserError
 from nano_moe.export.families import FAMILIES, config_of, family_of, model_of
-from nano_moe.export.gguf_file import ARCHITECTURES, architecture_of
+from nano_moe.export.gguf_file import ARCHITECTURES, architecture_of, check_tokenizer
 from nano_moe.export.tensors import state_of, weights_of, without_training
 from nano_moe.model.gpt import GPT
+from nano_moe.text.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -128,14 +129,17 @@ def shrunken(path: Path) -> ModelConfig:
 def exports_to(path: Path) -> tuple[str, str]:
     """The class and the architecture that hold a recipe, or the fields that none holds."""
     found = []
-    config = recipe_file.load(path, ["data.files=x"]).model
+    recipe = recipe_file.load(path, ["data.files=x"])
     for choose in (family_of, architecture_of):
         try:
-            name = choose(config)
+            name = choose(recipe.model)
             found.append(f"{name}ForCausalLM" if choose is family_of else name)
         except UserError as error:
-            has = str(error).partition(": no ")[0].partition(": expert_choice sees")[0]
-            found.append("refused: " + has)
+            found.append("refused: " + str(error))
+    if recipe.data.tokenizer == "char":
+        with pytest.raises(UserError, match="of characters"):
+            check_tokenizer(CharTokenizer("ab"))
+        found[1] = "refused: data.tokenizer=char"
     return found[0], found[1]
 
 
@@ -170,7 +174,7 @@ def test_the_readme_lists_what_every_recipe_exports_to():
 
 def spelt(found: str) -> str:
     """As the table writes it: names in code, of a refusal the first field."""
-    refused = re.match(r"refused: model\.([\w.=]+)", found)
+    refused = re.match(r"refused: (?:model\.)?([\w.]+(?:=[\w.]+)?)", found)
     return f"none: `{refused[1]}`" if refused else f"`{found}`"
 
 
