@@ -12,6 +12,8 @@ import torch
 from export_cases import GGUF_HELD, SIZES, config_of_case, drawn
 from gguf import GGMLQuantizationType
 
+from nano_moe import runs
+from nano_moe.cli.main import main
 from nano_moe.config import ModelConfig
 from nano_moe.errors import UserError
 from nano_moe.export.gguf_file import SCALES, architecture_of, export, storage, tensors_of, write
@@ -124,6 +126,42 @@ def test_weights_are_stored_as_asked(tmp_path, quant, error):
         found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(wanted[name].shape)
         ours = wanted[name].numpy()
         assert np.linalg.norm(found - ours) <= error * np.linalg.norm(ours) + 1e-12, name
+
+
+RECIPE = """\
+model:
+  {vocab_size: 264, context: 48, n_layers: 2, d_model: 64, n_heads: 2, d_ff: 128, qk_norm: true,
+   moe: {n_experts: 8, top_k: 2, d_expert: 32, n_shared_experts: 1, load_balancing_loss: 0.01}}
+data: {files: [text.txt], tokenizer: byte, val_fraction: 0.2, cache: cache}
+optim: {lr: 0.01}
+trainer: {steps: 150, batch_size: 8, precision: fp32, accelerator: cpu, val_every: 50}
+"""
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_trained_model_has_the_same_perplexity_in_llama_cpp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"{a} {b}" for a in ("fox", "hen", "owl") for b in ("sleeps", "eats", "sees")]
+    rng = np.random.default_rng(0)
+    lines = [f"In {rng.integers(1900, 2000)} the {rng.choice(names)}." for _ in range(1500)]
+    Path("text.txt").write_text("\n".join(lines))
+    Path("tiny.yaml").write_text(RECIPE)
+    assert main(["train", "tiny.yaml", "--name", "run"]) == 0
+    run = runs.find("run")
+    ids = [256, *ByteTokenizer().encode("\n".join(lines[-60:]))]
+    windows = [ids[i : i + 24] for i in range(0, 1200, 24)]
+    model = runs.load_model(run)[1]
+    ours = model(torch.tensor(windows))[0][:, -2].log_softmax(-1)
+    ours = -ours[range(len(windows)), [window[-1] for window in windows]].mean().item()
+    assert ours < 3  # it has learned something: 5.6 is chance
+    for quant, allowed in (("f32", 1e-5), ("f16", 1e-3), ("q8_0", 0.01), ("q4_0", 0.2)):
+        export(run, Path(f"{quant}.gguf"), quant)
+        llama = Llama(Path(f"{quant}.gguf"))
+        rows = [(w, llama.steps(w[:-1], 1, 264)[0][1]) for w in windows]
+        theirs = -sum(row[window[-1]].item() for window, row in rows) / len(rows)
+        print(f"{quant}: {theirs:.4f} nats, here {ours:.4f}")
+        assert theirs == pytest.approx(ours, abs=allowed)
 
 
 def test_vectors_and_routers_are_never_quantized():
