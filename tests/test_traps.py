@@ -23,7 +23,8 @@ from nano_moe.config import MoEConfig, OptimConfig
 from nano_moe.errors import UserError
 from nano_moe.evaluation import evaluate
 from nano_moe.export.families import family_of, model_of
-from nano_moe.export.tensors import interleaved, weights_of
+from nano_moe.export.tensors import interleaved
+from nano_moe.export.weights import weights_of
 from nano_moe.model.balance import load_balancing_loss, load_statistics, updated_expert_bias
 from nano_moe.model.experts import Experts, grouped, loop
 from nano_moe.model.ffn import FFN

@@ -21,7 +21,8 @@ from nano_moe.errors import UserError
 from nano_moe.export.card import Exported, model_card
 from nano_moe.export.families import FAMILIES, family_of, model_of
 from nano_moe.export.fast_tokenizer import fast_tokenizer
-from nano_moe.export.tensors import weights_of, without_training
+from nano_moe.export.tensors import without_training
+from nano_moe.export.weights import weights_of
 from nano_moe.files import creating
 from nano_moe.model.gpt import GPT
 from nano_moe.runs import Run
@@ -114,6 +115,7 @@ def load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
         folder,
         dtype=torch.float32,
         local_files_only=True,
+        trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
         **options,

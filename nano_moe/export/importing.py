@@ -18,7 +18,7 @@ from nano_moe.errors import UserError
 from nano_moe.export import fast_tokenizer
 from nano_moe.export.families import FAMILIES, TARGETS, config_of
 from nano_moe.export.hugging_face import PROVENANCE, SCHEMA, creating_export, load, quiet
-from nano_moe.export.tensors import GATED, Traits, state_of, traits_of
+from nano_moe.export.weights import GATED, Traits, state_of, traits_of
 from nano_moe.files import replacing, write_text
 from nano_moe.model.gpt import GPT
 from nano_moe.runs import Run
@@ -94,7 +94,9 @@ def _config(folder: Path) -> tuple[str, Any]:
             f"there are {', '.join(known)}"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # their validation raises many kinds
         raise UserError(f"{path}: not a config of transformers ({_first_line(error)})") from error
     if type(config).__name__ != f"{known[architecture]}Config":

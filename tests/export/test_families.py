@@ -20,7 +20,8 @@ from nano_moe.config import ModelConfig, MoEConfig
 from nano_moe.errors import UserError
 from nano_moe.export.families import FAMILIES, config_of, family_of, model_of
 from nano_moe.export.gguf_file import ARCHITECTURES, architecture_of, check_tokenizer
-from nano_moe.export.tensors import state_of, weights_of, without_training
+from nano_moe.export.tensors import without_training
+from nano_moe.export.weights import state_of, weights_of
 from nano_moe.model.gpt import GPT
 from nano_moe.text.tokenizer import CharTokenizer
 

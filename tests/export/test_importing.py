@@ -17,7 +17,7 @@ from nano_moe.config import ModelConfig, Recipe
 from nano_moe.errors import UserError
 from nano_moe.export import importing
 from nano_moe.export.hugging_face import export
-from nano_moe.export.tensors import Traits, traits_of
+from nano_moe.export.weights import Traits, traits_of
 from nano_moe.runs import Run
 from nano_moe.text.store import prepare
 from nano_moe.text.tokenizer import ByteTokenizer, CharTokenizer

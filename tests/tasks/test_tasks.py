@@ -192,7 +192,7 @@ def exported(model: GPT, stories) -> dict:
     """The model and tokenizer as Hugging Face's, in memory."""
     from nano_moe.export.families import family_of, model_of
     from nano_moe.export.fast_tokenizer import fast_tokenizer
-    from nano_moe.export.tensors import weights_of
+    from nano_moe.export.weights import weights_of
 
     config: ModelConfig = model.config
     family = family_of(config)
