@@ -4,6 +4,7 @@
 RECIPE = recipes/mixtral.yaml
 PROMPT = The
 PORT = 6006
+TO = hf
 PYTHON ?= python3
 TORCH_ARGS ?=
 VENV = .venv
@@ -16,7 +17,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 # What was given on make's command line and is no variable of this file goes to the recipe.
 # (make takes `a.b=c` as a variable of its own, so a plain target would silently drop it.)
-OWN := RECIPE RUN RUNS STUDY TIER DENSE SPARSE STEP_RATIO NAME PROMPT PORT PYTHON TORCH_ARGS VENV ARGS LITGPT_PYTHON
+OWN := RECIPE RUN RUNS TO OUT QUANT FROM STUDY TIER DENSE SPARSE STEP_RATIO NAME PROMPT PORT PYTHON TORCH_ARGS VENV ARGS LITGPT_PYTHON
 # Only the command line counts: a NAME or PORT of the shell's environment is not meant for us.
 given = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
 quote = '$(subst ','\'',$(1))'
@@ -27,7 +28,7 @@ plain = $(if $(strip $(OVERRIDES)),$(error make $@ takes no recipe fields: $(str
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train resume eval sample count show compare break-even reproduce verify report \
-	prepare tensorboard test test-all bench lint types format
+	export import tasks prepare tensorboard test test-all bench lint types format
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -46,6 +47,18 @@ eval: $(STAMP) ## score RUN on the whole validation split
 
 sample: $(STAMP) ## continue PROMPT with RUN
 	$(call needs,RUN)@$(NANO) sample $(call quote,$(RUN)) --prompt $(call quote,$(PROMPT)) $(call given,ARGS)
+
+tasks: $(STAMP) ## score RUN on small tasks of the validation text (OUT=… for lm-evaluation-harness)
+	$(call needs,RUN)@$(NANO) eval $(call quote,$(RUN)) --tasks \
+		$(if $(call given,OUT),--out $(call quote,$(OUT))) $(call given,ARGS)
+
+export: $(STAMP) ## RUN as the Hugging Face folder OUT; TO=gguf (QUANT=q8_0 …): as a file of llama.cpp
+	$(call needs,RUN)$(call needs,OUT)@$(NANO) export $(call quote,$(RUN)) --to $(call quote,$(TO)) \
+		$(call quote,$(OUT)) $(if $(call given,QUANT),--quant $(call quote,$(QUANT)))
+
+import: $(STAMP) ## the Hugging Face folder FROM as a run (NAME=…; RECIPE=… for text of a foreign one)
+	$(call needs,FROM)@$(NANO) import $(call quote,$(FROM)) $(if $(call given,NAME),--name $(call quote,$(NAME))) \
+		$(if $(call given,RECIPE),--recipe $(call quote,$(RECIPE)))
 
 compare: $(STAMP) ## RUNS="a b" side by side at equal tokens, FLOPs and seconds
 	$(call needs,RUNS)@$(NANO) compare $(foreach r,$(RUNS),$(call quote,$(r)))

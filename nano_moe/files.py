@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -25,6 +28,57 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def creating(path: Path) -> Iterator[Path]:
+    """A place beside `path` for a new file or folder, which becomes `path` at the end of the block.
+
+    Or it never existed. Raises FileExistsError where something is at `path` already, and OSError
+    when the disk refuses.
+    """
+    _check_absent(path)
+    _remove_abandoned(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for written in [*temporary.rglob("*"), temporary]:
+            sync(written)
+        _check_absent(path)
+        os.rename(temporary, path)
+        sync(path.parent)
+    finally:
+        _remove(temporary)
+
+
+def _check_absent(path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what killed processes left of `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        owner = left.name.removesuffix(".tmp").rpartition(".")[2]
+        if owner.isdigit() and not _is_running(int(owner)):
+            _remove(left)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

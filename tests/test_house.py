@@ -25,6 +25,8 @@ KNOWS = {
     "comparison": {"runs"},
     "evaluation": {"model", "text"},
     "inference": {"model", "text"},
+    "tasks": {"model", "text"},
+    "export": {"accounting", "model", "recipe_file", "runs", "text"},
     "training": {
         *("accounting", "device", "evaluation", "footprint", "memory", "model", "runs", "text")
     },

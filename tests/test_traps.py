@@ -22,8 +22,12 @@ from torch import nn
 from nano_moe.config import MoEConfig, OptimConfig
 from nano_moe.errors import UserError
 from nano_moe.evaluation import evaluate
+from nano_moe.export.families import family_of, model_of
+from nano_moe.export.tensors import interleaved
+from nano_moe.export.weights import weights_of
 from nano_moe.model.balance import load_balancing_loss, load_statistics, updated_expert_bias
 from nano_moe.model.experts import Experts, grouped, loop
+from nano_moe.model.ffn import FFN
 from nano_moe.model.gpt import GPT, init_weights
 from nano_moe.model.loss import cross_entropy
 from nano_moe.model.moe import MoE
@@ -998,6 +1002,100 @@ def test_t21_unnormalized_weights_start_at_k_over_e(moe_config):
     router = router_of(moe_config(moe={"n_experts": 8, "normalize_top_k": False}))
     nn.init.zeros_(router.weight)
     torch.testing.assert_close(router(torch.randn(5, 16)).weights.sum(-1), torch.full((5,), 0.25))
+
+
+# T22: exported weights mean the same there, and one expert is the dense FFN
+
+
+def assert_exports_what_it_computes(model: GPT, tokens: torch.Tensor, family: str, export) -> None:
+    theirs = model_of(family, model.config, experts_implementation="eager")
+    fields, weights = export(family, model)
+    for name, value in fields.items():
+        for module in theirs.modules():
+            if hasattr(module, name):
+                setattr(module, name, value)
+    theirs.load_state_dict(weights)
+    with torch.no_grad():
+        ours, found = model(tokens)[0], theirs(tokens).logits
+    torch.testing.assert_close(ours, found, rtol=0, atol=1e-4)
+
+
+def exported(family: str, model: GPT) -> tuple[dict, dict]:
+    return {}, weights_of(family, model.config, model.state_dict())
+
+
+def with_their_default(family, model):
+    """Hugging Face does not divide the chosen weights by their sum unless the config says so."""
+    return {"norm_topk_prob": False}, exported(family, model)[1]
+
+
+def up_before_gate(family, model):
+    weights = exported(family, model)[1]
+    stacked = [name for name in weights if name.endswith("gate_up_proj")]
+    return {}, weights | {
+        name: weights[name].roll(weights[name].shape[1] // 2, 1) for name in stacked
+    }
+
+
+def halves_for_pairs(family, model):
+    """Rotary pairs that lie a half apart, where the class turns neighbours."""
+    order = interleaved(4, 4, 4).argsort(), interleaved(4, 4, 2).argsort()
+    weights = dict(exported(family, model)[1])
+    for name in weights:
+        for part, back in zip(("q_proj", "k_proj"), order, strict=True):
+            if part in name:
+                weights[name] = weights[name][back]
+    return {}, weights
+
+
+def without_the_bias(family, model):
+    weights = exported(family, model)[1]
+    zeros = {n: torch.zeros_like(t) for n, t in weights.items() if "correction_bias" in n}
+    assert zeros
+    return {}, weights | zeros
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "moe", "fault"),
+    [
+        ("Qwen3Moe", {"qk_norm": True}, {}, with_their_default),
+        ("Qwen3Moe", {"qk_norm": True}, {}, up_before_gate),
+        ("Ernie4_5_Moe", {}, {"n_shared_experts": 1}, halves_for_pairs),
+        ("Glm4Moe", {}, AUX_FREE, without_the_bias),
+    ],
+)
+def test_t22_exported_weights_mean_the_same(moe_config, build, tokens, family, fields, moe, fault):
+    config = moe_config(moe={"d_expert": 16} | moe, **fields)
+    assert family_of(config) == family
+    model = build(config).eval()
+    for router in model.routers:
+        if router.expert_bias is not None:
+            router.expert_bias.copy_(torch.tensor([0.4, -0.4, 0.2, -0.2]))
+    assert_exports_what_it_computes(model, tokens, family, exported)
+    with mistake:
+        assert_exports_what_it_computes(model, tokens, family, fault)
+
+
+def assert_one_expert_is_the_dense_ffn(config, tolerance, **fields) -> None:
+    moe = MoEConfig(**{"n_experts": 1, "top_k": 1, "d_expert": 32} | fields)
+    layer = MoE(config.model_copy(update={"moe": moe}))
+    dense = FFN(config.d_model, 32)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        dense.gate_up.weight.copy_(layer.experts.gate_up[0])
+        dense.down.weight.copy_(layer.experts.down[0])
+        x = torch.randn(3, 7, config.d_model)
+        torch.testing.assert_close(layer(x)[0], dense(x)[0], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend, tolerance", [("fused", 0), ("loop", 1e-5), ("grouped", 1e-5)])
+def test_t22_one_expert_is_the_dense_ffn(dense_config, backend, tolerance):
+    """Bit for bit where both take the same kernels, else but for rounding."""
+    check = partial(assert_one_expert_is_the_dense_ffn, dense_config(), tolerance, backend=backend)
+    check()
+    with mistake:  # a sigmoid of one score is below 1 unless it is divided by itself
+        check(score="sigmoid")
 
 
 # T23: a saved model routes as before; the combine adds in a fixed order

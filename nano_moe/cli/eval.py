@@ -1,17 +1,20 @@
-"""`eval RUN`: cross-entropy, bits per byte and routing over the whole validation split."""
+"""`eval RUN`: figures and routing over the whole validation split, or tasks made of it."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nano_moe import runs
 from nano_moe.cli.arguments import add_json, add_run
 from nano_moe.cli.output import figure, print_json, print_table
+from nano_moe.errors import UserError
 
 if TYPE_CHECKING:
     from nano_moe.evaluation import Evaluation
+    from nano_moe.text.store import Corpus
 
 
 LISTED = ("layer", "load", "domain_load")  # not one figure each
@@ -19,11 +22,22 @@ LISTED = ("layer", "load", "domain_load")  # not one figure each
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
+    parser.add_argument(
+        "--tasks",
+        metavar="N",
+        type=int,
+        nargs="?",
+        const=200,
+        help="instead: N passages, pairs of each kind and gaps made of the validation text (200)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="with --tasks: draws them (0)")
+    parser.add_argument("--out", help="with --tasks: a new folder for lm-evaluation-harness")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     found = runs.find(args.run)
+    _check(args)
     from nano_moe.device import choose_device, choose_precision
     from nano_moe.evaluation import evaluate
     from nano_moe.text.store import prepare
@@ -35,16 +49,47 @@ def run(args: argparse.Namespace) -> None:
     corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context)
     runs.check_corpus(found, corpus)
     print(f"{found.path}: weights of step {step}", file=sys.stderr)
-    scored = evaluate(
-        model,
-        corpus,
-        batch_size=recipe.trainer.batch_size,
-        precision=choose_precision(recipe),
-    )
+    batch_size = recipe.trainer.batch_size
+    if args.tasks is not None:
+        _score_tasks(args, model, corpus, batch_size)
+        return
+    scored = evaluate(model, corpus, batch_size=batch_size, precision=choose_precision(recipe))
     if args.json:
         print_json(scored.as_json())
     else:
         _print(scored)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.tasks is None and args.out is not None:
+        raise UserError("--out: only with --tasks, whose items it takes")
+    if args.tasks is not None and args.tasks < 1:
+        raise UserError(f"--tasks {args.tasks}: ask for at least 1")
+
+
+def _score_tasks(args: argparse.Namespace, model: Any, corpus: Corpus, batch_size: int) -> None:
+    from nano_moe.tasks.harness import write_tasks
+    from nano_moe.tasks.items import make_tasks
+    from nano_moe.tasks.score import score
+
+    context = model.config.context
+    tasks = make_tasks(corpus, context=context, seed=args.seed, n=args.tasks)
+    if args.out is not None:
+        names = write_tasks(Path(args.out), tasks)
+        print(f"{args.out}: {', '.join(names)}", file=sys.stderr)
+    scored = score(model, corpus.tokenizer, tasks, batch_size=batch_size)
+    if args.json:
+        print_json(scored)
+        return
+    rows = [("bits per byte", figure(scored["bits_per_byte"]), f"{len(tasks.passages):,}")]
+    pairs = scored["pairs"] or {"kinds": {}}
+    for kind, found in pairs["kinds"].items():
+        rows.append((f"pairs, {kind}: accuracy", figure(found["accuracy"], 3), f"{found['n']:,}"))
+    if scored["cloze"]:
+        for name, digits in (("accuracy", 3), ("perplexity", 2)):
+            value = figure(scored["cloze"][name], digits)
+            rows.append((f"cloze: {name}", value, f"{scored['cloze']['n']:,}"))
+    print_table(f"tasks of the validation text (seed {args.seed})", ("", "value", "items"), rows)
 
 
 def _print(scored: Evaluation) -> None:

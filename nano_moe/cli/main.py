@@ -25,6 +25,8 @@ VERBS = {
     "study": "published claims, tested by runs and read by rules fixed before them",
     "count": "parameters, FLOPs and bytes of a recipe or a published model",
     "show": "the resolved recipe, after base and overrides",
+    "export": "a run as a Hugging Face folder or a GGUF file",
+    "import": "a Hugging Face folder as a run",
     "prepare": "read, split and tokenize a recipe's text",
     "bench": "time layers, steps, other libraries, the optimizer or the input on this machine",
 }

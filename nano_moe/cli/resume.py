@@ -19,6 +19,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     found = runs.find(args.run)
     recipe = found.recipe()
+    if not found.last.is_file() and "imported" in found.manifest():
+        raise UserError(
+            f"{found.path}: imported weights come without the optimizer's state; score or sample "
+            "them, or start a sparse run from a dense one with model.moe.init_from"
+        )
     step = int(runs.read_checkpoint(found.last)["global_step"])
     if step >= recipe.trainer.steps:
         raise UserError(

@@ -12,17 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hugging_face import (
-    Rule,
-    config_of,
-    ffn_rules,
-    from_hugging_face,
-    model_of,
-    rules_of,
-    to_hugging_face,
-)
 from torch import Tensor, nn
-from transformers import Gemma4TextConfig, GPT2Config
+from transformers import Gemma4TextConfig, GPT2Config, OlmoeConfig
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.mixtral import modeling_mixtral as mixtral
@@ -30,6 +21,8 @@ from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.switch_transformers import modeling_switch_transformers as switch
 
 from nano_moe.config import ModelConfig
+from nano_moe.export.families import model_of
+from nano_moe.export.tensors import Rule, cut, ffn_rules, joined, rules_of
 from nano_moe.model.balance import load_balancing_loss, router_z_loss
 from nano_moe.model.ffn import FFN
 from nano_moe.model.gpt import GPT
@@ -37,6 +30,7 @@ from nano_moe.model.moe import MoE
 
 TOLERANCE = 1e-5
 SEEDS = range(4)
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 # Their family, and what a recipe says to be of it, given the sizes that `draw` drew.
 CASES = {
@@ -168,20 +162,19 @@ def tokens_of(config: ModelConfig, seed: int) -> Tensor:
     return torch.randint(0, config.vocab_size, (2, config.context), generator=generator)
 
 
-def carried_over(name: str, seed: int) -> tuple[ModelConfig, nn.Module, nn.Module]:
-    """Our drawn decoder, and theirs with its weights."""
+def carried_over(name: str, seed: int) -> tuple[list[Rule], nn.Module, nn.Module, Tensor]:
+    """Our drawn decoder, theirs with its weights, the rules in between, and tokens."""
     family, config = case_of(name, seed)
-    ours = drawn(GPT(config).eval(), seed)
-    theirs = model_of(family, config)
-    theirs.load_state_dict(to_hugging_face(ours.state_dict(), rules_of(config)))
-    return config, ours, theirs
+    rules, ours = rules_of(family, config), drawn(GPT(config).eval(), seed)
+    theirs = model_of(family, config, **EAGER)
+    theirs.load_state_dict(cut(ours.state_dict(), rules))
+    return rules, ours, theirs, tokens_of(config, seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_hugging_face(case, seed):
-    config, ours, theirs = carried_over(case, seed)
-    tokens = tokens_of(config, seed)
+    _, ours, theirs, tokens = carried_over(case, seed)
     with torch.no_grad():
         assert_equal(ours(tokens)[0], theirs(tokens).logits)
 
@@ -189,24 +182,24 @@ def test_logits_are_those_of_hugging_face(case, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_hugging_face(case, seed):
-    config, ours, theirs = carried_over(case, seed)
-    tokens = tokens_of(config, seed)
+    rules, ours, theirs, tokens = carried_over(case, seed)
     _, our_gradients = answers(ours, tokens)
     _, their_gradients = answers(theirs, tokens)
-    assert_all_equal(to_hugging_face(our_gradients, rules_of(config)), their_gradients)
+    assert_all_equal(cut(our_gradients, rules), their_gradients)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("case", CASES)
 def test_weights_of_hugging_face_do_the_same_in_our_decoder(case, seed):
     family, config = case_of(case, seed)
-    theirs, ours = drawn(model_of(family, config), seed), GPT(config).eval()
-    ours.load_state_dict(from_hugging_face(theirs.state_dict(), rules_of(config)))
+    theirs, ours = drawn(model_of(family, config, **EAGER), seed), GPT(config).eval()
+    rules = rules_of(family, config)
+    ours.load_state_dict(joined(theirs.state_dict(), rules))
     tokens = tokens_of(config, seed)
     our_logits, our_gradients = answers(ours, tokens)
     their_logits, their_gradients = answers(theirs, tokens)
     assert_equal(our_logits, their_logits)
-    assert_all_equal(our_gradients, from_hugging_face(their_gradients, rules_of(config)))
+    assert_all_equal(our_gradients, joined(their_gradients, rules))
 
 
 # What the cases claim to compare: a case, and the fields that take it out of our decoder.
@@ -244,19 +237,26 @@ def sparse(seed: int, moe: dict, **fields) -> tuple[ModelConfig, MoE, Tensor]:
 
 
 def assert_same_layer(ours: nn.Module, theirs: nn.Module, x: Tensor, rules: list[Rule]) -> None:
-    theirs.load_state_dict(to_hugging_face(ours.state_dict(), rules))
+    theirs.load_state_dict(cut(ours.state_dict(), rules))
     our_y, our_gradients = answers(ours, x)
     their_y, their_gradients = answers(theirs.eval(), x)
     assert_equal(our_y, their_y)
-    assert_all_equal(to_hugging_face(our_gradients, rules), their_gradients)
+    assert_all_equal(cut(our_gradients, rules), their_gradients)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("choice", [NORMALIZED, PLAIN], ids=str)
 def test_a_sparse_layer_is_that_of_olmoe(choice, seed):
     config, ours, x = sparse(seed, choice)
-    theirs = olmoe.OlmoeSparseMoeBlock(config_of("Olmoe", config))
-    assert_same_layer(ours, theirs, x, ffn_rules(config.moe))
+    fields = OlmoeConfig(
+        hidden_size=config.d_model,
+        num_experts=config.moe.n_experts,
+        num_experts_per_tok=config.moe.top_k,
+        norm_topk_prob=config.moe.normalizes,
+        intermediate_size=config.expert_width,
+        experts_implementation="eager",
+    )
+    assert_same_layer(ours, olmoe.OlmoeSparseMoeBlock(fields), x, ffn_rules("Olmoe"))
 
 
 class Gemma4Layer(nn.Module):

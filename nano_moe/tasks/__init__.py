@@ -1,0 +1,1 @@
+"""Small tasks made of the validation split: bits per byte, minimal pairs, cloze."""

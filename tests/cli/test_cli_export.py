@@ -1,0 +1,147 @@
+"""`export`, `import` and `eval --tasks` on a trained run: what they make, and what they refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli_faults import on_a_full_disk
+
+from nano_moe.cli.main import main
+
+
+def test_a_run_goes_out_and_comes_back(shop):
+    said = shop.json("export", "done", "--to", "hf", "out")
+    assert (said["path"], said["architecture"], said["step"]) == ("out", "MixtralForCausalLM", 6)
+    assert said["difference"] < 1e-4
+    assert shop.json("import", "out", "--name", "back")["run"] == "back"
+    here, there = (shop.json("eval", run) for run in ("done", "back"))
+    assert here["ce"] == there["ce"] and here["domains"] == there["domains"]
+    texts = [shop.json("sample", run, "--seed", "3")["text"] for run in ("done", "back")]
+    assert texts[0] == texts[1]
+
+
+def test_a_gguf_file_is_one_file(shop):
+    before = set(shop.files())
+    said = shop.json("export", "done", "--to", "gguf", "done.gguf", "--quant", "q8_0")
+    assert said["architecture"] == "llama"
+    assert said["n_bytes"] == Path("done.gguf").stat().st_size
+    assert set(shop.files()) - before == {"done.gguf"}
+
+
+def test_what_is_printed(shop):
+    status, out, _ = shop.run("export", "done", "--to", "hf", "out")
+    assert status == 0 and "MixtralForCausalLM, weights of step 6" in out
+    assert "logits differ from ours by" in out
+    status, out, _ = shop.run("import", "out")
+    assert status == 0 and "make eval RUN=out" in out
+
+
+TO = (("hf", "out"), ("gguf", "out.gguf"))
+
+
+@pytest.mark.parametrize("to, target", TO)
+def test_runs_that_cannot_be_exported(shop, to, target):
+    arguments = ("--to", to, target)
+    assert "nearest: done" in shop.fault("export", "dane", *arguments)
+    Path("half").mkdir()
+    assert "not a run folder" in shop.fault("export", "./half", *arguments)
+    Path("half/recipe.yaml").write_text(Path("checkpoints/done/recipe.yaml").read_text())
+    assert "no such checkpoint" in shop.fault("export", "./half", *arguments)
+    for name in ("best.ckpt", "tokenizer.json", "manifest.json"):
+        for file in ("best.ckpt", "tokenizer.json", "manifest.json"):
+            Path("half", file).write_bytes(Path("checkpoints/done", file).read_bytes())
+        Path("half", name).write_bytes(b"{")
+        if (name, to) != ("manifest.json", "gguf"):  # which says nothing of it
+            assert name in shop.fault("export", "./half", *arguments)
+    torch.save({"weight": torch.ones(2)}, "half/best.ckpt")
+    assert "not one of nano_moe" in shop.fault("export", "./half", *arguments)
+
+
+@pytest.mark.parametrize("to, target", TO)
+def test_a_recipe_that_none_holds(shop, to, target):
+    assert main(["train", "tiny.yaml", "--name", "ungated", "model.activation=gelu"]) == 0
+    message = shop.fault("export", "ungated", "--to", to, target)
+    assert "model.activation=gelu: no" in message and "model.activation=swiglu" in message
+
+
+@pytest.mark.parametrize("to, target", TO)
+def test_an_existing_target(shop, to, target):
+    Path(target).mkdir()
+    Path(target, "mine").write_text("kept")
+    assert f"{target}: exists and is not overwritten" in shop.fault(
+        "export", "done", "--to", to, target
+    )
+
+
+@pytest.mark.parametrize("to, target", TO)
+def test_a_full_disk_leaves_nothing(shop, to, target):
+    before = shop.files()
+    arguments = ["export", "done", "--to", to, target]
+    status, err = on_a_full_disk(lambda: main(arguments), after=60_000)
+    assert status == 2 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith(f"error: {target}: could not be written")
+    assert shop.files() == before
+
+
+def test_a_full_disk_leaves_no_imported_run(shop):
+    shop.run("export", "done", "--to", "hf", "out")
+    before = shop.files()
+    status, err = on_a_full_disk(lambda: main(["import", "out", "--name", "back"]), after=60_000)
+    assert status == 2 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: checkpoints/back: could not be written")
+    assert shop.files() == before
+
+
+def test_arguments_that_make_no_sense(shop):
+    assert "--to" in shop.fault("export", "done", "out")
+    assert "--to" in shop.fault("export", "done", "--to", "onnx", "out")
+    assert "--quant" in shop.fault("export", "done", "--to", "hf", "out", "--quant", "f16")
+    assert "--quant" in shop.fault("export", "done", "--to", "gguf", "out", "--quant", "q2")
+    assert "--out" in shop.fault("eval", "done", "--out", "tasks")
+    assert "--tasks 0" in shop.fault("eval", "done", "--tasks", "0")
+
+
+def test_imports_that_are_refused(shop):
+    assert "nowhere: no such folder" in shop.fault("import", "nowhere")
+    shop.run("export", "done", "--to", "hf", "out")
+    assert "exists and is not overwritten" in shop.fault("import", "out", "--name", "done")
+    assert "run name '../x'" in shop.fault("import", "out", "--name", "../x")
+    Path("out/nano_moe.json").unlink()
+    assert "--recipe" in shop.fault("import", "out")
+    status, _, _ = shop.run("import", "out", "--recipe", "tiny.yaml")
+    assert status == 0
+    assert shop.json("eval", "out")["ce"] == shop.json("eval", "done")["ce"]
+
+
+def test_imported_weights_are_no_training_to_go_on_with(shop):
+    shop.run("export", "done", "--to", "hf", "out")
+    shop.run("import", "out")
+    assert "without the optimizer's state" in shop.fault("resume", "out")
+    assert "metrics.csv" in shop.fault("compare", "done", "out")
+
+
+def test_a_sparse_run_starts_from_an_imported_dense_one(shop):
+    dense = ["model.moe=null", "--name", "dense"]
+    assert main(["train", "tiny.yaml", *dense]) == 0
+    shop.run("export", "dense", "--to", "hf", "out")
+    shop.run("import", "out", "--name", "back")
+    sparse = ["model.moe.d_expert=64", "model.moe.init_from=back", "--name", "grown"]
+    assert main(["train", "tiny.yaml", *sparse]) == 0
+    assert json.loads(Path("checkpoints/grown/manifest.json").read_text())["init_from"]["step"] == 6
+
+
+def test_without_the_extra_a_line_says_how_to_get_it(shop, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = shop.fault("export", "done", "--to", "hf", "out")
+    assert "needs transformers and gguf" in message and "'.[export]'" in message
+
+
+def test_tasks_are_scored_and_written(shop):
+    said = shop.json("eval", "done", "--tasks", "5", "--seed", "1", "--out", "tasks")
+    assert said["bits_per_byte"] > 0
+    assert {path.name for path in Path("tasks").iterdir()} >= {"nano_moe_bpb.jsonl"}
+    assert shop.json("eval", "done", "--tasks", "5", "--seed", "1") == said
+    status, out, _ = shop.run("eval", "done", "--tasks", "5")
+    assert status == 0 and "bits per byte" in out
+    assert "tasks" in shop.fault("eval", "done", "--tasks", "5", "--out", "tasks")
