@@ -24,7 +24,7 @@ KNOWS = {
     "runs": {"accounting", "recipe_file", "model", "text"},
     "comparison": {"runs"},
     "evaluation": {"model", "text"},
-    "inference": {"model", "text"},
+    "inference": {"model", "runs", "text"},
     "tasks": {"model", "text"},
     "export": {"accounting", "model", "recipe_file", "runs", "text"},
     "training": {
