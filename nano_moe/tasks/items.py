@@ -19,6 +19,7 @@ from nano_moe.text.store import Corpus
 PASSAGE = 1000  # characters at most
 SENTENCE = re.compile(r"(?<=[.!?] )[^\W\d_][^.!?]{38,198}[.!?](?= |$)")  # after another one
 WORD = re.compile(r"[^\W\d_]+")
+NEXT = re.compile(r"(?<=\S )[^\W\d_]{4,}")  # one space after what stands before
 # English words that mostly cannot stand for one another.
 OTHERS = {
     **{"is": "are", "was": "were", "has": "have", "does": "do", "this": "these"},
@@ -158,15 +159,10 @@ def _cloze(texts: list[tuple[str, str]], rng: random.Random, n: int) -> Iterator
     for domain, text in texts[: n * TRIES]:
         if found == n:
             return
-        before: set[str] = set()
-        places = []
-        for word in WORD.finditer(text):
-            follows = word.start() > 100 and text[word.start() - 1] == " "
-            if follows and len(word[0]) > 3 and word[0] in before:
-                places.append(word)
-            before.add(word[0])
-        if places:
-            word = rng.choice(places)
-            context = text[: word.start()].rstrip()
+        late = [word for word in NEXT.finditer(text) if word.start() > 100]
+        known = [word for word in late if word[0] in WORD.findall(text[: word.start()])]
+        if known:
+            word = rng.choice(known)
+            context = text[: word.start() - 1]
             yield {"context": context, "target": word[0], "domain": domain}
             found += 1

@@ -99,6 +99,19 @@ def config_of_case(name: str) -> ModelConfig:
     return ModelConfig(**fields)
 
 
+# One of each class, for what takes longer.
+ONE_OF_EACH = (
+    "dense",
+    "dense, normed heads",
+    "sparse, scaled",
+    "normed",
+    "shared",
+    "gated",
+    "normed, shared",
+    "sigmoid",
+    "latent, sigmoid",
+    "latent, plain",
+)
 HELD = [name for name, (_, family, _) in CASES.items() if family is not None]
 REFUSED = [name for name, (_, family, _) in CASES.items() if family is None]
 GGUF_HELD = [name for name, (_, _, arch) in CASES.items() if arch is not None]

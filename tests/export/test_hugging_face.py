@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import config_of_case
+from export_cases import ONE_OF_EACH, config_of_case
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,19 +22,6 @@ from nano_moe.inference.generate import generate
 from nano_moe.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 TEXT = "the cat and the hat sat there; "
-ONE_OF_EACH = (
-    "dense",
-    "dense, normed heads",
-    "sparse, scaled",
-    "normed",
-    "shared",
-    "gated",
-    "normed, shared",
-    "sigmoid",
-    "latent, sigmoid",
-    "latent, plain",
-)
-
 # What a user's process does, with the hub's switch and without a network.
 OFFLINE = """
 import json, socket, sys

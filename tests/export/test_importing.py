@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import HELD, SIZES, config_of_case
+from export_cases import ONE_OF_EACH, SIZES, config_of_case
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -55,7 +55,7 @@ def edited(folder: Path, **fields) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", HELD)
+@pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_a_folder_of_ours_comes_back_bit_for_bit(folder, case):
     found = taken_in(folder(case))
     original = Run(Path("run"))
