@@ -25,6 +25,10 @@ KNOWS = {
     "comparison": {"runs"},
     "evaluation": {"model", "text"},
     "inference": {"model", "text"},
+    "explorer": {
+        *("accounting", "evaluation", "inference", "model", "published", "recipe_file", "runs"),
+        "text",
+    },
     "training": {
         *("accounting", "device", "evaluation", "footprint", "memory", "model", "runs", "text")
     },

@@ -21,6 +21,8 @@ VERBS = {
     "sample": "continue a prompt with a trained run",
     "compare": "runs side by side at equal tokens, FLOPs and seconds",
     "break-even": "the share of dense runs' tokens and time that sparse runs need",
+    "explore": "see runs at work: a page on this machine",
+    "report-html": "the same page as one file that stands alone",
     "study": "published claims, tested by runs and read by rules fixed before them",
     "count": "parameters, FLOPs and bytes of a recipe or a published model",
     "show": "the resolved recipe, after base and overrides",
