@@ -27,7 +27,7 @@ VERBS = {
     "count": "parameters, FLOPs and bytes of a recipe or a published model",
     "show": "the resolved recipe, after base and overrides",
     "prepare": "read, split and tokenize a recipe's text",
-    "bench": "time layers, steps, other libraries, the optimizer or the input on this machine",
+    "bench": "time layers, steps, other libraries, the optimizer, the input or the explorer here",
 }
 
 OUT_OF_MEMORY = "out of memory; lower trainer.batch_size, model.context or the model's sizes"

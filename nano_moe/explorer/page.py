@@ -16,6 +16,8 @@ from typing import Any
 SCRIPTS = (
     "core.js",
     "tokens.js",
+    "inspector.js",
+    "expert.js",
     "route.js",
     "compute.js",
     "balance.js",

@@ -103,11 +103,11 @@ def application(opened: Sequence[Opened], port: int) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        desk.later(opened[0].warm_up)
         yield
         desk.close()
 
     async def root(request: Request) -> Response:
+        desk.later(opened[0].warm_up)  # not before: the page is to be there first
         return HTMLResponse(page.html({"overview": overview(opened, live=True)}, live=True))
 
     async def document(request: Request) -> Response:

@@ -35,11 +35,11 @@ def test_a_long_run_is_thinned_and_keeps_its_ends(here, tmp_path):
     run = type("Run", (), {"path": tmp_path, "recipe": lambda: None})
     run.recipe = staticmethod(lambda: type("R", (), {"tokens_per_step": 8}))
     with SummaryWriter(log_dir=str(tmp_path)) as writer:
-        for step in range(1, 902):
+        for step in range(1, 904):
             for expert in (0, 1):
                 writer.add_scalar(f"moe_load/layer0/{expert}", 0.5, step)
     found = balance(run)
-    assert found["steps"][0] == 1 and found["steps"][-1] == 901
+    assert found["steps"][0] == 1 and found["steps"][-1] == 903
     assert POINTS / 2 < len(found["steps"]) <= POINTS + 1
     assert len(found["layers"][0]["load"]) == len(found["steps"])
 

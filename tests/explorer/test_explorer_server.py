@@ -245,8 +245,9 @@ def test_a_port_that_is_taken_is_a_fault_only_where_it_was_asked_for():
 
 def test_a_worker_that_is_stuck_does_not_hold_up_the_end(monkeypatch):
     monkeypatch.setattr(desks, "PATIENCE", 0.1)
-    desk, release = desks.Desk([]), threading.Event()
-    desk.later(release.wait)
+    desk, started, release = desks.Desk([]), threading.Event(), threading.Event()
+    desk.later(lambda: (started.set(), release.wait(8)))
+    assert started.wait(30)
     begun = time.monotonic()
     desk.close()
     assert time.monotonic() - begun < 5

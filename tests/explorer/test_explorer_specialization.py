@@ -58,7 +58,9 @@ def test_the_control_of_a_model_that_knows_the_domain_is_far_below_it():
     ids = domains.reshape(-1, 1)
     table = module.joint(domains.flatten(), ids, (2, 2))
     found = module._information("domain", domains, ids, table)
-    assert found["bits"] == 1 and 0 < found["control"] < 0.1
+    assert found["bits"] == 1
+    # One degree of freedom over 64 windows; over 640 tokens it would be a tenth of that.
+    assert found["control"] == pytest.approx(1 / (2 * math.log(2) * 64), rel=0.8)
 
 
 def test_domains_are_shuffled_by_whole_windows_and_the_rest_token_by_token():
@@ -121,11 +123,17 @@ def test_passages_lie_within_their_domain_and_begin_where_a_line_does(opened):
             ids = passage(corpus, domain, number, 48)
             assert 1 <= len(ids) <= 47 and corpus.tokenizer.end_id not in ids
             assert ids == passage(corpus, domain, number, 48)
-            starts = [i for i in range(len(tokens)) if tokens[i : i + len(ids)] == ids]
-            assert any(
-                split.domains_of_tokens(i, i + len(ids)).tolist() == [domain] * len(ids)
-                for i in starts
-            )
+            starts = [
+                i
+                for i in range(len(tokens))
+                if tokens[i : i + len(ids)] == ids
+                and split.domains_of_tokens(i, i + len(ids)).tolist() == [domain] * len(ids)
+            ]
+            assert starts
+            if domain == 0:  # its lines are short
+                before = {tokens[i - 1] for i in starts if i}
+                assert 0 in starts or before & {ord("\n"), corpus.tokenizer.end_id}
+                assert ids[0] != ord("\n")
             firsts.add(tuple(ids))
     assert len(firsts) > 10
     first = passage(corpus, 0, 0, 48)

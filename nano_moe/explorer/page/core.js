@@ -101,7 +101,8 @@ const X = (() => {
   /** Buttons of which one is chosen; arrow keys move the choice. */
   function choice(label, options, chosen, onchange) {
     const buttons = options.map(([value, text]) =>
-      el("button", { type: "button", role: "radio", onclick: () => pick(value) }, text));
+      el("button", { type: "button", role: "radio", onclick: () => pick(value) }, text),
+    );
     const box = el("div", { class: "chips", role: "radiogroup", "aria-label": label }, buttons);
     box.addEventListener("keydown", (event) => {
       const by = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
@@ -130,7 +131,13 @@ const X = (() => {
   function slider({ label, min, max, value, says, oninput }) {
     const words = el("output", {}, says(value));
     const input = el("input", {
-      type: "range", min, max, step: 1, value, disabled: min === max, "aria-label": label,
+      type: "range",
+      min,
+      max,
+      step: 1,
+      value,
+      disabled: min === max,
+      "aria-label": label,
       "aria-valuetext": says(value),
       oninput: () => {
         set(Number(input.value));
@@ -152,14 +159,24 @@ const X = (() => {
 
   /** 1381760 as 1.38 M. */
   function short(n) {
-    for (const [unit, size] of [["T", 1e12], ["B", 1e9], ["M", 1e6], ["k", 1e3]])
+    for (const [unit, size] of [
+      ["T", 1e12],
+      ["B", 1e9],
+      ["M", 1e6],
+      ["k", 1e3],
+    ])
       if (Math.abs(n) >= size * 0.9995) return `${Number((n / size).toPrecision(3))} ${unit}`;
     return String(Number(n.toPrecision(3)));
   }
 
   /** Bytes in units of 1024. */
   function bytes(n) {
-    for (const [unit, size] of [["TiB", 2 ** 40], ["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 1024]])
+    for (const [unit, size] of [
+      ["TiB", 2 ** 40],
+      ["GiB", 2 ** 30],
+      ["MiB", 2 ** 20],
+      ["KiB", 1024],
+    ])
       if (n >= size) return `${Number((n / size).toPrecision(3))} ${unit}`;
     return `${Math.round(n)} B`;
   }
@@ -171,7 +188,10 @@ const X = (() => {
   /** A token as one can see it: line breaks, tabs and other characters without a shape. */
   function visible(token, { blanks = false } = {}) {
     const shown = token.replaceAll("\r", "␍").replaceAll("\n", "↵").replaceAll("\t", "⇥");
-    const safe = shown.replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069]/g, "·");
+    const safe = shown.replace(
+      /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069]/g,
+      "·",
+    );
     return blanks ? safe.replaceAll(" ", "␣") : safe;
   }
 
@@ -188,7 +208,9 @@ const X = (() => {
   const swatch = (expert) =>
     el("i", { class: "swatch", style: { background: colour(expert) }, "aria-hidden": "true" });
 
-  const FUTURE = "Here experts choose their tokens, and look at later ones to do so: what they predict they have seen, " +
+  const FUTURE =
+    "Here experts choose their tokens, and look at later ones to do so: what they predict they " +
+    "have seen, " +
     "so neither samples nor statistics of this run would mean anything.";
 
   // --- state -----------------------------------------------------------------------------------
@@ -205,7 +227,29 @@ const X = (() => {
   const card = (run = state.run) => overview.runs[run];
 
   return {
-    overview, load, ask, stream, el, svg, styled, choice, slider, note, short, bytes, whole, percent,
-    plural, visible, colour, swatch, FUTURE, state, change, on, card, panels: {},
+    overview,
+    load,
+    ask,
+    stream,
+    el,
+    svg,
+    styled,
+    choice,
+    slider,
+    note,
+    short,
+    bytes,
+    whole,
+    percent,
+    plural,
+    visible,
+    colour,
+    swatch,
+    FUTURE,
+    state,
+    change,
+    on,
+    card,
+    panels: {},
   };
 })();

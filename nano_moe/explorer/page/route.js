@@ -3,22 +3,50 @@
 
 X.panels.route = (() => {
   const { el, card } = X;
-  const EXAMPLE = "The old queen counted 42 foxes. La reine en compta dix. def count(foxes): return len(foxes)";
+  const EXAMPLE =
+    "The old queen counted 42 foxes. La reine en compta dix. def count(foxes): return len(foxes)";
   let run, trace, parts;
 
   async function show(number, body) {
     run = number;
-    const { domains, each } = await X.load(`runs/${run}/passages`).catch((fault) => ({ domains: [], fault }));
     if (!card(run).layers.length) {
-      body.replaceChildren(X.note(`${card(run).name} is dense: every token takes the same way through every layer, ` +
-        "so there is no routing to show. Compute and Generate work for it, too."));
+      body.replaceChildren(
+        X.note(
+          `${card(run).name} is dense: every token takes the same way through every layer, ` +
+            "so there is no routing to show. Compute and Generate work for it, too.",
+        ),
+      );
+      parts = trace = null;
       return X.change("token", null);
     }
+    const none = (fault) => ({ domains: [], each: 0, fault }); // typing needs no passages
+    const { domains, each, fault } = await X.load(`runs/${run}/passages`).catch(none);
+    if (run !== number) return;
     parts = build();
-    body.replaceChildren(sources(domains, each), el("div", { class: "columns" },
-      el("div", { class: "main" }, parts.typed,
-        el("div", { class: "row" }, parts.bar, el("span", { class: "dim keys" }, "Keys: ← → tokens, ↑ ↓ layers")), parts.view.box,
-        parts.cut, parts.experts.box, parts.card.box), parts.inspector.box));
+    body.replaceChildren(
+      sources(domains, each),
+      fault ? X.note(fault.message, "fault") : "",
+      el(
+        "div",
+        { class: "columns" },
+        el(
+          "div",
+          { class: "main" },
+          parts.typed,
+          el(
+            "div",
+            { class: "row" },
+            parts.bar,
+            el("span", { class: "dim keys" }, "Keys: ← → tokens, ↑ ↓ layers"),
+          ),
+          parts.view.box,
+          parts.cut,
+          parts.experts.box,
+          parts.card.box,
+        ),
+        parts.inspector.box,
+      ),
+    );
     await (domains.length ? passage(0, 0) : typed());
   }
 
@@ -26,7 +54,8 @@ X.panels.route = (() => {
     const view = new X.TokenView({
       label: "Tokens: left and right move, up and down change the layer",
       oncurrent: current,
-      onlayer: (by) => layer(Math.min(Math.max(X.state.layer + by, 0), card(run).layers.length - 1)),
+      onlayer: (by) =>
+        layer(Math.min(Math.max(X.state.layer + by, 0), card(run).layers.length - 1)),
     });
     const expert = (e) => parts.card.show(run, X.state.layer, e);
     return {
@@ -44,34 +73,53 @@ X.panels.route = (() => {
     const live = X.overview.live;
     let timer;
     const area = el("textarea", {
-      rows: 3, maxlength: X.overview.limits.text, spellcheck: "false", "aria-label": "Your own text",
-      placeholder: live ? "Type or paste a text …" : "", disabled: !live, value: live ? EXAMPLE : "",
+      rows: 3,
+      maxlength: X.overview.limits.text,
+      spellcheck: "false",
+      "aria-label": "Your own text",
+      placeholder: live ? "Type or paste a text …" : "",
+      disabled: !live,
+      value: live ? EXAMPLE : "",
       oninput: () => {
         clearTimeout(timer);
         timer = setTimeout(typed, 120);
       },
     });
-    const help = live ? null : X.note(`Typing needs the live explorer: ${X.overview.command}`, "dim");
+    const help = live
+      ? null
+      : X.note(`Typing needs the live explorer: ${X.overview.command}`, "dim");
     return Object.assign(el("div", { class: "typed", hidden: true }, area, help), { area });
   }
 
   function sources(domains, each) {
-    let domain = domains.length ? 0 : null, number = 0;
+    let domain = domains.length ? 0 : null;
+    let number = 0;
     const options = domains.map((name, d) => [d, name]);
-    const pick = X.choice("Text", [...options, ["own", "your own text"]], domain ?? "own", (value) => {
-      domain = value === "own" ? null : value;
-      number = 0;
-      another.hidden = domain === null || each < 2;
-      parts.typed.hidden = domain !== null;
-      if (domain === null) {
-        typed();
-        if (!parts.typed.area.disabled) parts.typed.area.focus();
-      } else passage(domain, number);
-    });
-    const another = el("button", {
-      type: "button", class: "plain", hidden: domain === null || each < 2,
-      onclick: () => passage(domain, (number = (number + 1) % each)),
-    }, "another passage");
+    const pick = X.choice(
+      "Text",
+      [...options, ["own", "your own text"]],
+      domain ?? "own",
+      (value) => {
+        domain = value === "own" ? null : value;
+        number = 0;
+        another.hidden = domain === null || each < 2;
+        parts.typed.hidden = domain !== null;
+        if (domain === null) {
+          typed();
+          if (!parts.typed.area.disabled) parts.typed.area.focus();
+        } else passage(domain, number);
+      },
+    );
+    const another = el(
+      "button",
+      {
+        type: "button",
+        class: "plain",
+        hidden: domain === null || each < 2,
+        onclick: () => passage(domain, (number = (number + 1) % each)),
+      },
+      "another passage",
+    );
     parts.typed.hidden = domain !== null;
     return el("div", { class: "row" }, pick, another);
   }
@@ -80,7 +128,8 @@ X.panels.route = (() => {
 
   function typed() {
     const text = parts.typed.area.value;
-    if (!X.overview.live) return follow(Promise.resolve({ tokens: [], nats: [], layers: [], cut: 0 }));
+    if (!X.overview.live)
+      return follow(Promise.resolve({ tokens: [], nats: [], layers: [], cut: 0 }));
     return follow(X.ask(`runs/${run}/route`, { text }));
   }
 
@@ -103,7 +152,8 @@ X.panels.route = (() => {
   function draw(found) {
     trace = found;
     parts.cut.hidden = !found.cut;
-    parts.cut.textContent = `${X.plural(found.cut, "token")} more do not fit the model’s context and are left out.`;
+    const more = X.plural(found.cut, "token");
+    parts.cut.textContent = `${more} more do not fit the model’s context and are left out.`;
     parts.view.place = X.state.layer;
     parts.view.show(found);
     parts.experts.show(found.layers[X.state.layer], card(run).n_experts);
@@ -137,7 +187,11 @@ X.panels.route = (() => {
 X.layerSlider = (run, oninput) => {
   const { layers } = X.card(run);
   return X.slider({
-    label: "Layer", min: 0, max: layers.length - 1, value: Math.min(X.state.layer, layers.length - 1),
-    says: (place) => `${layers[place]}`, oninput,
+    label: "Layer",
+    min: 0,
+    max: layers.length - 1,
+    value: Math.min(X.state.layer, layers.length - 1),
+    says: (place) => `${layers[place]}`,
+    oninput,
   });
 };
