@@ -28,7 +28,7 @@ plain = $(if $(strip $(OVERRIDES)),$(error make $@ takes no recipe fields: $(str
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train resume eval sample count show compare break-even reproduce verify report \
-	export import tasks prepare tensorboard test test-all bench lint types format
+	export import tasks explore report-html prepare tensorboard test test-all bench lint types format
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -66,6 +66,14 @@ compare: $(STAMP) ## RUNS="a b" side by side at equal tokens, FLOPs and seconds
 break-even: $(STAMP) ## what SPARSE="a b" need of the tokens of DENSE="c d" (STEP_RATIO=… for time)
 	$(call needs,DENSE)$(call needs,SPARSE)@$(NANO) break-even --dense $(foreach r,$(DENSE),$(call quote,$(r))) \
 		--sparse $(foreach r,$(SPARSE),$(call quote,$(r))) $(if $(call given,STEP_RATIO),--step-ratio $(call quote,$(STEP_RATIO)))
+
+explore: $(STAMP) ## see RUN, or RUNS="a b" side by side, at work in a browser (PORT=…)
+	$(call needs,$(if $(call given,RUNS),RUNS,RUN))@$(NANO) explore $(foreach r,$(call given,RUNS) $(call given,RUN),$(call quote,$(r))) \
+		$(if $(call given,PORT),--port $(call quote,$(PORT))) $(call given,ARGS)
+
+report-html: $(STAMP) ## the same page as one file: RUN or RUNS, OUT=file.html
+	$(call needs,OUT)$(call needs,$(if $(call given,RUNS),RUNS,RUN))@$(NANO) report-html --out $(call quote,$(OUT)) \
+		$(foreach r,$(call given,RUNS) $(call given,RUN),$(call quote,$(r))) $(call given,ARGS)
 
 reproduce: $(STAMP) ## run STUDY=name, or every study; goes on where it stopped (TIER=smoke: in seconds)
 	$(plain)@$(NANO) study run $(foreach s,$(call given,STUDY),$(call quote,$(s))) \

@@ -27,6 +27,10 @@ KNOWS = {
     "inference": {"model", "runs", "text"},
     "tasks": {"model", "text"},
     "export": {"accounting", "model", "recipe_file", "runs", "text"},
+    "explorer": {
+        *("accounting", "evaluation", "inference", "model", "published", "recipe_file", "runs"),
+        "text",
+    },
     "training": {
         *("accounting", "device", "evaluation", "footprint", "memory", "model", "runs", "text")
     },

@@ -22,13 +22,15 @@ VERBS = {
     "compare": "runs side by side at equal tokens, FLOPs and seconds",
     "tensorboard": "runs, or those of a study, side by side in the browser",
     "break-even": "the share of dense runs' tokens and time that sparse runs need",
+    "explore": "see runs at work: a page on this machine",
+    "report-html": "the same page as one file that stands alone",
     "study": "published claims, tested by runs and read by rules fixed before them",
     "count": "parameters, FLOPs and bytes of a recipe or a published model",
     "show": "the resolved recipe, after base and overrides",
     "export": "a run as a Hugging Face folder or a GGUF file",
     "import": "a Hugging Face folder as a run",
     "prepare": "read, split and tokenize a recipe's text",
-    "bench": "time layers, steps, other libraries, the optimizer or the input on this machine",
+    "bench": "time layers, steps, other libraries, the optimizer, the input or the explorer here",
 }
 
 OUT_OF_MEMORY = "out of memory; lower trainer.batch_size, model.context or the model's sizes"
