@@ -15,7 +15,7 @@ from nano_moe import recipe_file, runs
 from nano_moe.accounting import count
 from nano_moe.config import ModelConfig, Recipe
 from nano_moe.errors import UserError
-from nano_moe.export import importing
+from nano_moe.export import configs, importing
 from nano_moe.export.hugging_face import export
 from nano_moe.export.weights import Traits, traits_of
 from nano_moe.runs import Run
@@ -44,7 +44,7 @@ def taken_in(folder: Path, name: str = "back") -> Run:
 
 def model_of(source: importing.Source) -> ModelConfig:
     traits = traits_of(source.weights)
-    return importing.model_of_config(source.family, source.config, traits, Path("config.json"))
+    return configs.model_of_config(source.family, source.config, traits, Path("config.json"))
 
 
 def edited(folder: Path, **fields) -> Path:
@@ -383,5 +383,5 @@ def test_only_weights_tell_a_bias_from_none(tmp_path):
     config = AutoConfig.from_pretrained(tmp_path)
     for biased in (True, False):
         traits = Traits(biased=biased, gated=False, shared=True)
-        fields = importing._expert_fields("Glm4Moe", config, traits)
+        fields = configs.expert_fields("Glm4Moe", config, traits)
         assert (fields["bias_update_rate"] > 0) is biased
