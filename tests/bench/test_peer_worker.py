@@ -6,12 +6,13 @@ import ast
 
 import pytest
 import torch
-from hugging_face import rules_of, to_hugging_face
 
 from nano_moe.bench import peer_worker
 from nano_moe.bench.peer_process import WORKER
 from nano_moe.bench.peers import SHAPES, job
 from nano_moe.bench.recipes import QUICK, recipe
+from nano_moe.export.families import family_of
+from nano_moe.export.tensors import cut, rules_of
 
 
 def quick_job(shape, *changes):
@@ -32,7 +33,8 @@ def both(shape, model, batch_size):
     chosen = recipe(shape.decoder, *shape.changes, *QUICK, quick=False).model
     ours, theirs = (peer_worker.SIDES[side](model, batch_size) for side in ("ours", "transformers"))
     theirs.use({"experts": "eager", "attention": "eager"})
-    theirs.model.load_state_dict(to_hugging_face(ours.model.state_dict(), rules_of(chosen)))
+    rules = rules_of(family_of(chosen), chosen)
+    theirs.model.load_state_dict(cut(ours.model.state_dict(), rules))
     return ours, theirs
 
 

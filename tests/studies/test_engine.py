@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from nano_moe.errors import UserError
 from nano_moe.studies import engine, keys, measure, plan, results, schema, worker
-from tests.studies.conftest import RECIPES
 
 MEASURED = ("created", "seconds", "memory_gb", "machine")
 
@@ -45,6 +45,7 @@ def test_finished_runs_are_not_run_again_and_one_recipe_is_one_run(todo, monkeyp
     )
 
 
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
 UPCYCLED = """    upcycled:
       recipe: {recipes}/mixtral.yaml
       start_from: dense
