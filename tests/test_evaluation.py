@@ -69,8 +69,21 @@ def test_a_tally_does_not_depend_on_how_it_was_batched(moe_config, build, tokens
             parts.add(model(tokens[i : i + 1])[1], tokens[i : i + 1], domains[12 * i : 12 * i + 12])
     for one, other in zip(whole.rows(), parts.rows(), strict=True):
         assert one.keys() == other.keys()
+        assert one.pop("domain_load") == other.pop("domain_load")
         for name, value in one.items():
             assert value == pytest.approx(other[name], rel=1e-5), name
+
+
+def test_loads_by_domain_are_of_the_tokens_of_each(moe_config, build, tokens):
+    tally, domains = RoutingTally(3, 264), torch.arange(24) // 12  # none of the third
+    with torch.no_grad():
+        routings = build(moe_config())(tokens)[1]
+        tally.add(routings, tokens, domains)
+    for row, routing in zip(tally.rows(), routings, strict=True):
+        for domain in range(2):
+            chosen = routing.ids[12 * domain : 12 * domain + 12].flatten().bincount(minlength=4)
+            assert row["domain_load"][domain] == pytest.approx((chosen / 24).tolist())
+        assert row["domain_load"][2] == [0, 0, 0, 0]
 
 
 def test_pairs_are_counted_per_value(moe_config, build, tokens):

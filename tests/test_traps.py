@@ -79,8 +79,8 @@ def test_t01_language_loss_moves_every_router(moe_config, build, tokens, score, 
 
 
 class SoftmaxAfterTopK(Router):
-    def forward(self, x, tokens=None):
-        routing = super().forward(x)
+    def forward(self, x, tokens=None, past=None):
+        routing = super().forward(x, tokens, past)
         return routing._replace(weights=routing.logits.gather(-1, routing.ids).softmax(-1))
 
 
@@ -469,13 +469,13 @@ def test_t10_jitter_reaches_the_router_alone(moe_config, build):
 
 def test_t10_mistakes(moe_config, build, tokens):
     class AlwaysNoisy(Router):
-        def logits(self, x):
+        def logits(self, x, past=None):
             self.training = True
-            return super().logits(x)
+            return super().logits(x, past)
 
     class JittersItsInput(MoE):
-        def forward(self, x, tokens=None):
-            return super().forward(x * torch.empty_like(x).uniform_(0.5, 1.5), tokens)
+        def forward(self, x, tokens=None, past=None):
+            return super().forward(x * torch.empty_like(x).uniform_(0.5, 1.5), tokens, past)
 
     for name, value in NOISE.items():
         model = build(moe_config(moe={name: value}))

@@ -17,7 +17,7 @@ def test_a_run_goes_out_and_comes_back(shop):
     assert shop.json("import", "out", "--name", "back")["run"] == "back"
     here, there = (shop.json("eval", run) for run in ("done", "back"))
     assert here["ce"] == there["ce"] and here["domains"] == there["domains"]
-    texts = [shop.json("sample", run, "--seed", "3")["text"] for run in ("done", "back")]
+    texts = [shop.json("sample", run, "--seed", "3")["samples"] for run in ("done", "back")]
     assert texts[0] == texts[1]
 
 

@@ -84,6 +84,7 @@ def test_the_verb_refuses_in_one_line(capsys, arguments, fault):
     assert fault in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_finished_study_is_verified_by_training_one_run_again(
     shelf, small, tmp_path, monkeypatch
 ):
