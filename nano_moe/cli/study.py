@@ -1,4 +1,4 @@
-"""`study run|verify|report`: published claims, tested by runs and read by rules set before."""
+"""`study run|verify|collect|report`: published claims, tested and read by rules set before."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("run", "verify", "report"))
+    parser.add_argument("action", choices=("run", "verify", "collect", "report"))
     parser.add_argument("study", metavar="STUDY", nargs="*", help="its name; omitted: every study")
     parser.add_argument(
         "--tier",
@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
         with catalogue.smoke_place() as place:
             act = functools.partial(_smoke, place=place)
             return max(_guarded(act, found, args) for found in ordered)
-    verb = _verify if args.action == "verify" else _run
+    verb = {"run": _run, "verify": _verify, "collect": _collect}[args.action]
     statuses = [_guarded(verb, found, args) for found in ordered]
-    if args.action == "run" and 0 in statuses:
+    if args.action != "verify" and 0 in statuses:
         _report(args)
     return max(statuses)
 
@@ -85,6 +85,13 @@ def _run(found: Found, args: argparse.Namespace) -> int:
         print(f"{found.name}: no verdict while runs are missing", file=sys.stderr)
         return 1
     _print(outcome.results, args)
+    return 0
+
+
+def _collect(found: Found, args: argparse.Namespace) -> int:
+    from nano_moe.studies import catalogue
+
+    _print(catalogue.collect(found), args)
     return 0
 
 

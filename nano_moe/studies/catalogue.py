@@ -98,6 +98,23 @@ def run(found: Found, *, workers: int | None = None) -> Outcome:
     return Outcome(content, {})
 
 
+def collect(found: Found) -> dict[str, Any]:
+    """Results anew from the runs that the results file names, whatever the sources are by now.
+
+    Raises UserError where the rule has changed, or a run does not lie here.
+    """
+    stored = results.read(found.results)
+    check_rule(found, stored)
+    planned = plan(found.path, found.study, FULL)
+    keys = [_stored_run(stored, one, found)["key"] for one in planned]
+    todo = engine.finished(engine.tasks(planned), keys)
+    content = results.collect(found.name, found.study, todo, rule_commit=stored["rule_commit"])
+    if "step_times" in stored:
+        content["step_times"] = stored["step_times"]
+    write_json(found.results, content)
+    return content
+
+
 def runs_of(found: Found) -> dict[str, Run]:
     """The study's runs that are finished here, by member and seed; raises UserError for none."""
     todo = engine.tasks(plan(found.path, found.study, FULL))

@@ -90,11 +90,17 @@ def test_a_finished_study_is_verified_by_training_one_run_again(
 ):
     found = shelf()
     monkeypatch.setattr(catalogue, "FULL", {**catalogue.FULL, **small})
-    monkeypatch.setattr(catalogue.engine, "ROOT", tmp_path / "studies")
+    monkeypatch.chdir(tmp_path)
     assert catalogue.run(found, workers=2).failed == {}
     outcome = catalogue.verify(found, seed=0)
     assert outcome["exact"] and outcome["holds"] and outcome["same_sources"]
-    assert list((tmp_path / "studies" / "verify").iterdir()) == []
+    assert list((catalogue.engine.ROOT / "verify").iterdir()) == []
+
+    stored = json.loads(found.results.read_text())
+    again = catalogue.collect(found)
+    assert {k: v for k, v in again.items() if k != "created"} == {
+        k: v for k, v in stored.items() if k != "created"
+    }
 
     content = json.loads(found.results.read_text())
     member, seed = outcome["run"].split(", seed ")
@@ -103,6 +109,8 @@ def test_a_finished_study_is_verified_by_training_one_run_again(
     found.results.write_text(json.dumps(content))
     outcome = catalogue.verify(found, seed=0)
     assert outcome["holds"] and not outcome["same_sources"]
+    with pytest.raises(UserError, match="its run of other sources is not in"):
+        catalogue.collect(found)
     run["ce"] += 1
     found.results.write_text(json.dumps(content))
     assert not catalogue.verify(found, seed=0)["holds"]
