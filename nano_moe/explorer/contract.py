@@ -73,10 +73,17 @@ class Trace(TypedDict):
     domain: NotRequired[str]
 
 
-class Passages(TypedDict):
-    """Domains of the validation split; `each` passages of every one can be had."""
+class Domain(TypedDict):
+    """A domain of the text by its number there."""
 
-    domains: list[str]
+    number: int
+    name: str
+
+
+class Passages(TypedDict):
+    """Domains that the validation split holds; `each` passages of every one can be had."""
+
+    domains: list[Domain]
     each: int
 
 

@@ -21,6 +21,7 @@ from nano_moe.explorer.contract import (
     Balance,
     Card,
     Compute,
+    Domain,
     Overview,
     Passages,
     Settings,
@@ -128,9 +129,13 @@ class Opened:
         return balance(self.run)
 
     def passages(self) -> Passages:
-        from nano_moe.explorer.passages import EACH
+        from nano_moe.explorer.passages import EACH, n_passages
 
-        return {"domains": list(self.corpus.domains), "each": EACH}
+        named = enumerate(self.corpus.domains)
+        held: list[Domain] = [
+            {"number": d, "name": name} for d, name in named if n_passages(self.corpus, d)
+        ]
+        return {"domains": held, "each": EACH}
 
     def specialization(self) -> Generator[None, None, Specialization]:
         """Yields between parts of the work, for there may be more urgent requests."""

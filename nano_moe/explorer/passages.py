@@ -24,10 +24,10 @@ def passage(corpus: Corpus, domain: int, number: int, context: int) -> list[int]
     before = np.concatenate(([0], np.cumsum(lengths)))
     place = int((number * SPREAD % 1) * before[-1])
     i = int(np.searchsorted(before, place, side="right")) - 1
-    document, offset = documents[i], place - int(before[i])
-    lo, hi = int(split.starts[document]), int(ends[document])
+    offset = min(place - int(before[i]), max(0, int(lengths[i]) - length))
+    lo, hi = int(split.starts[documents[i]]), int(ends[documents[i]])
     if offset:
-        lo = _line_start(corpus, lo + offset, min(lo + offset + length, hi - 1))
+        lo = _line_start(corpus, lo + offset, min(lo + offset + length, hi))
     return split.tokens[lo : min(lo + length, hi)].tolist()
 
 

@@ -68,9 +68,9 @@ def _passages(opened: Sequence[Opened], run: int, each: int | None) -> dict[str,
         numbers = len(listed["domains"]) * LONGEST * model.n_layers * n_experts
         each = max(1, min(MOST, NUMBERS // (numbers or 1)))
     found: dict[str, Any] = {f"runs/{run}/passages": {**listed, "each": each}}
-    for domain in range(len(listed["domains"])):
+    for domain in listed["domains"]:
         for number in range(each):
-            key = f"runs/{run}/passages/{domain}/{number}"
+            key = f"runs/{run}/passages/{domain['number']}/{number}"
             found[key] = _document(opened, key)
     return found
 

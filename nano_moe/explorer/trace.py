@@ -59,7 +59,7 @@ def last_choice(number: int, routing: Routing) -> Choice:
 
 
 def texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; one that ends inside a character shows its bytes."""
+    """The text that each token adds; one that completes no character shows its bytes."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     return [token_text(tokenizer, token, decoder) for token in ids]
 
@@ -69,7 +69,10 @@ def token_text(tokenizer: Tokenizer, token: int, decoder: codecs.IncrementalDeco
     if token == tokenizer.end_id:
         return "⟨end⟩"
     piece = tokenizer.decode_bytes([token])
-    return decoder.decode(piece) or f"⟨{piece.hex()}⟩"
+    text = decoder.decode(piece)
+    if text.strip("�") or piece.decode(errors="ignore"):
+        return text
+    return f"⟨{piece.hex()}⟩"
 
 
 def rounded(values: Tensor, digits: int = 4) -> list:

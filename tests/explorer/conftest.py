@@ -28,6 +28,7 @@ from nano_moe.explorer.server import application, bind
 from nano_moe.model.gpt import GPT, init_weights
 from nano_moe.text.store import prepare
 
+HILL = "<b>hill"  # a folder's name is its domain's
 HOSTILE = "</script><script>alert('text')</script><!-- & <b>bold</b> \u2028"
 MODELS = {
     "routed": {
@@ -50,7 +51,7 @@ STEPS = (2, 4, 6)
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with two domains of text, one of them hostile, and all runs."""
     folder = tmp_path_factory.mktemp("explorer")
-    for name, word in (("sea", "wave"), ("land", f"stone {HOSTILE}")):
+    for name, word in (("sea", "wave"), (HILL, f"stone {HOSTILE}")):
         (folder / name).mkdir()
         for i in range(5):
             text = "\n".join(f"{word} {i * j % 17} näh 🦊" for j in range(20 + 3 * i))
@@ -74,12 +75,13 @@ def make_run(name: str) -> None:
         init_std=0.3,  # large, so that routers decide
         moe=None if moe is None else MoEConfig(**moe),
     )
-    data = {"files": ["sea", "land"], "tokenizer": "byte", "val_fraction": 0.3, "cache": "cache"}
+    data = {"files": ["sea", HILL], "tokenizer": "byte", "val_fraction": 0.3, "cache": "cache"}
     trainer = {"steps": 6, "batch_size": 4, "accelerator": "cpu", "precision": "fp32"}
     recipe = Recipe.model_validate(
         {"model": model, "data": data, "optim": {"lr": 0.01}, "trainer": trainer}
     )
     corpus = prepare(recipe.data, 264, 48, progress=False)
+    assert set(corpus.val.domain_ids) == {0, 1}, "both domains must have validation text"
     run = runs.create(recipe, stem=name, name=name)
     runs.write_json(run.manifest_file, runs.describe(recipe, corpus=corpus, device="cpu"))
     corpus.tokenizer.save(run.tokenizer_file)

@@ -166,7 +166,7 @@ def test_an_expert_tells_its_tokens_and_domains(served, visit):
     assert listed == [f"{count:,}" for _, count in found["most"]]
     assert set(route.locator(".card .bars li span:first-child").all_inner_texts()) == {
         "sea",
-        "land",
+        "<b>hill",
     }
     assert f"{100 * found['share']:.1f} %" in route.locator(".card").inner_text()
 
@@ -307,7 +307,7 @@ def test_a_server_that_is_gone_is_said(here, serve, browser):
     with serve([find("routed")]) as running:
         page.goto(running.url)
         route = show(page, "route")
-    route.get_by_role("radio", name="land").click()
+    route.get_by_role("radio", name="<b>hill").click()
     route.get_by_text("make explore RUN=routed").wait_for()
     page.close()
 
@@ -337,7 +337,7 @@ def test_the_file_opens_from_disk_without_a_network(written, visit):
 def test_text_that_is_markup_in_the_corpus_is_text_in_the_file(written, visit):
     page = visit(written.as_uri(), offline=True)
     route = show(page, "route")
-    route.get_by_role("radio", name="land").click()
+    route.get_by_role("radio", name="<b>hill").click()
     route.locator(".t").nth(40).wait_for()
     assert "</script>" in "".join(route.locator(".t .w").all_inner_texts())
     assert page.locator("script").count() == len(SCRIPTS) + 1

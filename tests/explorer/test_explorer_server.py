@@ -17,6 +17,7 @@ from nano_moe.explorer import desk as desks
 from nano_moe.explorer.opened import GENERATED, TEXT, find
 from nano_moe.explorer.server import BODY, HOST, PORT, bind
 
+HILL = "<b>hill"
 ROUTED, LIFTED, TIGHT, HASHED, CHOOSING, DENSE = range(6)
 QUESTION = {"prompt": "wave", "tokens": 5, "temperature": 0.9, "top_p": 0.95, "seed": 4}
 
@@ -46,9 +47,10 @@ def test_documents_are_those_of_the_run(served, here):
     one = find("routed")
     assert served.get(f"runs/{ROUTED}/compute") == one.compute()
     assert served.get(f"runs/{ROUTED}/balance") == one.balance()
-    assert served.get(f"runs/{ROUTED}/passages") == {"domains": ["sea", "land"], "each": 50}
+    held = [{"number": 0, "name": "sea"}, {"number": 1, "name": HILL}]
+    assert served.get(f"runs/{ROUTED}/passages") == {"domains": held, "each": 50}
     assert served.get(f"runs/{ROUTED}/passages/1/3") == one.passage(1, 3)
-    assert served.get(f"runs/{ROUTED}/specialization")["domains"] == ["sea", "land"]
+    assert served.get(f"runs/{ROUTED}/specialization")["domains"] == ["sea", HILL]
 
 
 def test_where_there_is_none_the_fault_stands_in_its_place(served):

@@ -140,6 +140,15 @@ def test_passages_lie_within_their_domain_and_begin_where_a_line_does(opened):
     assert first == tokens[split.starts[split.domain_ids == 0][0] :][: len(first)]
 
 
+def test_a_domain_without_validation_text_has_no_passages(opened):
+    one = opened("routed")
+    only = one.corpus.val.domain_ids * 0 + 1
+    object.__setattr__(one.corpus.val, "domain_ids", only)
+    assert [domain["number"] for domain in one.passages()["domains"]] == [1]
+    with pytest.raises(UserError, match="choose another"):
+        one.passage(0, 0)
+
+
 def test_a_passage_is_a_trace_of_its_domain_and_there_is_an_end_to_them(opened):
     one = opened("routed")
     found = one.passage(1, 0)

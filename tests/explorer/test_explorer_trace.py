@@ -10,7 +10,7 @@ import torch
 
 from nano_moe.explorer.trace import texts
 from nano_moe.model.moe import MoE
-from nano_moe.text.tokenizer import ByteTokenizer
+from nano_moe.text.tokenizer import ByteTokenizer, CharTokenizer
 
 TEXT = "wave 7 stone"
 
@@ -104,8 +104,10 @@ def test_where_experts_choose_a_token_has_any_number_of_them_and_no_surprise(ope
 
 def test_a_token_that_ends_inside_a_character_shows_its_bytes():
     tokenizer = ByteTokenizer()
-    said = texts(tokenizer, [*tokenizer.encode("é!"), tokenizer.end_id, 0xE2])
-    assert said == ["⟨c3⟩", "é", "!", "⟨end⟩", "⟨e2⟩"]
+    said = texts(tokenizer, [*tokenizer.encode("é!"), tokenizer.end_id, 0x85, 0xE2])
+    assert said == ["⟨c3⟩", "é", "!", "⟨end⟩", "⟨85⟩", "⟨e2⟩"]
+    characters = CharTokenizer("ab")
+    assert texts(characters, characters.encode("a?b")) == ["a", "�", "b"]
 
 
 def test_the_same_text_is_routed_once(opened, monkeypatch):

@@ -47,7 +47,7 @@ X.panels.route = (() => {
         parts.inspector.box,
       ),
     );
-    await (domains.length ? passage(0, 0) : typed());
+    await (domains.length ? passage(domains[0].number, 0) : typed());
   }
 
   function build() {
@@ -92,9 +92,9 @@ X.panels.route = (() => {
   }
 
   function sources(domains, each) {
-    let domain = domains.length ? 0 : null;
+    let domain = domains[0]?.number ?? null;
     let number = 0;
-    const options = domains.map((name, d) => [d, name]);
+    const options = domains.map(({ number: d, name }) => [d, name]);
     const pick = X.choice(
       "Text",
       [...options, ["own", "your own text"]],
