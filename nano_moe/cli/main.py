@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
-from nano_moe.errors import UserError
+from nano_moe.errors import TRACEBACK, UserError
 
 VERBS = {
     "train": "train a recipe into a new run folder",
@@ -35,7 +35,6 @@ VERBS = {
 
 OUT_OF_MEMORY = "out of memory; lower trainer.batch_size, model.context or the model's sizes"
 WRITERS = ("train", "resume", "prepare")
-TRACEBACK = "NANO_MOE_TRACEBACK"  # set it to see where an unforeseen error came from
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -12,11 +12,13 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nano_moe.errors import UserError
 from nano_moe.explorer.documents import Parts, finder
 from nano_moe.explorer.opened import Opened
 from nano_moe.explorer.page import dumped
 
 PATIENCE = 5.0  # seconds that the end waits for the piece at hand
+ENDED = "the explorer has ended"
 Job = Callable[[], None]
 
 
@@ -25,13 +27,16 @@ class Desk:
 
     def __init__(self, opened: Sequence[Opened]):
         self.opened = opened
+        self.ended = False  # set it, and what is asked for is refused, what is under way cut short
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._made: dict[str, asyncio.Future[str]] = {}
         self._thread = threading.Thread(target=self._work, name="explorer", daemon=True)
         self._thread.start()
 
     async def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The function's result, or its error, once its turn has come."""
+        """The function's result, or its error, once its turn has come; UserError at the end."""
+        if self.ended:
+            raise UserError(ENDED)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
 
@@ -74,6 +79,7 @@ class Desk:
 
     def close(self) -> None:
         """Take no more; wait a moment for the piece at hand."""
+        self.ended = True
         while not self._jobs.empty():
             self._jobs.get()
         self._jobs.put(None)

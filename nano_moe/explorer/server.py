@@ -13,6 +13,7 @@ import sys
 import threading
 import webbrowser
 from collections.abc import AsyncIterator, Sequence
+from types import FrameType
 from typing import TypeVar
 
 import uvicorn
@@ -24,7 +25,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nano_moe.errors import UserError
+from nano_moe.errors import TRACEBACK, UserError
 from nano_moe.explorer import page
 from nano_moe.explorer.contract import Settings
 from nano_moe.explorer.desk import Desk
@@ -97,9 +98,21 @@ class Guard:
         await self.app(scope, receive, with_headers)
 
 
-def application(opened: Sequence[Opened], port: int) -> ASGIApp:
-    """The page of some runs, as it is served on a port."""
-    desk = Desk(opened)
+class Server(uvicorn.Server):
+    """One that also ends what is under way when it is interrupted, so that nobody waits for it."""
+
+    def __init__(self, config: uvicorn.Config, desk: Desk):
+        super().__init__(config)
+        self.desk = desk
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.desk.ended = True
+        super().handle_exit(sig, frame)
+
+
+def application(desk: Desk, port: int) -> ASGIApp:
+    """The page of a desk's runs, as it is served on a port."""
+    opened = desk.opened
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -134,6 +147,7 @@ def application(opened: Sequence[Opened], port: int) -> ASGIApp:
         ],
         exception_handlers={
             UserError: lambda request, error: _fault(str(error), 422),
+            Exception: lambda request, error: _fault(_unforeseen(error), 500),
             HTTPException: lambda request, error: _fault(error.detail, error.status_code),
         },
         lifespan=lifespan,
@@ -150,15 +164,16 @@ def serve(opened: Sequence[Opened], *, port: int | None = None, browse: bool = T
         print(f"{', '.join(one.name for one in opened)}: {url} (Ctrl-C ends it)", flush=True)
         if browse and _has_browser():
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+        desk = Desk(opened)
         config = uvicorn.Config(
-            application(opened, number),
-            log_level="error",
+            application(desk, number),
+            log_level="error" if TRACEBACK in os.environ else "critical",
             access_log=False,
             ws="none",
-            timeout_graceful_shutdown=1,
+            timeout_graceful_shutdown=3,
         )
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listening])
+            Server(config, desk).run(sockets=[listening])
 
 
 def bind(port: int | None) -> socket.socket:
@@ -211,6 +226,11 @@ async def _question(request: Request, kind: type[Question]) -> Question:
         fault = error.errors()[0]
         field = ".".join(map(str, fault["loc"])) or "request"
         raise UserError(f"{field}: {fault['msg']}") from error
+
+
+def _unforeseen(error: Exception) -> str:
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"{what}; not foreseen, set {TRACEBACK}=1 to see where"
 
 
 def _fault(message: str, status: int) -> Response:

@@ -23,6 +23,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from nano_moe import runs
 from nano_moe.config import ModelConfig, MoEConfig, Recipe
+from nano_moe.explorer.desk import Desk
 from nano_moe.explorer.opened import Opened, find
 from nano_moe.explorer.server import application, bind
 from nano_moe.model.gpt import GPT, init_weights
@@ -182,7 +183,7 @@ def serving(opened: list[Opened]) -> Iterator[Served]:
     """The server of some runs, in a thread of this process."""
     with contextlib.closing(bind(0)) as listening:
         port = listening.getsockname()[1]
-        config = uvicorn.Config(application(opened, port), log_level="error", ws="none")
+        config = uvicorn.Config(application(Desk(opened), port), log_level="error", ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()

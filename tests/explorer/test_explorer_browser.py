@@ -111,6 +111,20 @@ def test_every_panel_is_drawn(served, visit):
     assert show(page, "generate").get_by_role("button", name="Continue").is_enabled()
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_going_straight_to_a_panel_stays_there_though_those_above_it_grow(served, visit, width):
+    page = visit(served.url, viewport={"width": width, "height": 844})
+    generate = show(page, "generate")
+    show(page, "compute")
+    show(page, "balance")
+    show(page, "generate")
+    page.wait_for_selector("#specialization .heat", state="attached")
+    page.wait_for_timeout(300)
+    top = generate.locator("h2").evaluate("node => node.getBoundingClientRect().top")
+    assert 0 < top < 844
+    assert page.locator("nav a[aria-current]").inner_text() == "Generate"
+
+
 def test_pointing_and_the_layer_slider_show_what_the_run_decided(served, visit):
     trace = served.get("runs/0/passages/0/0")
     page = visit(served.url)

@@ -256,9 +256,18 @@ def test_a_worker_that_is_stuck_does_not_hold_up_the_end(monkeypatch):
     release.set()
 
 
-def test_ctrl_c_ends_it_cleanly(here):
+def test_an_unforeseen_fault_is_one_line_to_the_page(here, serve, monkeypatch):
+    one = find("routed")
+    monkeypatch.setattr(type(one), "compute", lambda self: {}["nothing"])
+    with serve([one]) as running:
+        status, _, body = running.send("GET", "/api/runs/0/compute")
+        assert status == 500 and "KeyError: 'nothing'; not foreseen" in json.loads(body)["error"]
+        assert running.send("GET", "/api/runs/0/passages")[0] == 200
+
+
+def test_ctrl_c_ends_it_cleanly_whatever_is_under_way(here):
     process = subprocess.Popen(
-        [sys.executable, "-m", "nano_moe", "explore", "dense", "--no-browser"],
+        [sys.executable, "-m", "nano_moe", "explore", "routed", "--no-browser"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -266,17 +275,20 @@ def test_ctrl_c_ends_it_cleanly(here):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        said = process.stdout.readline()
-        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", said)[1])
-        deadline = time.monotonic() + 60
-        while True:  # listening comes before serving, and a request waits for it
-            with socket.create_connection((HOST, port), timeout=60) as connection:
-                connection.sendall(f"GET / HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
-                if b"200 OK" in connection.recv(100) or time.monotonic() > deadline:
-                    break
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())[1])
+        body = json.dumps({**QUESTION, "tokens": 500})
+        with socket.create_connection((HOST, port), timeout=120) as connection:
+            connection.sendall(
+                f"POST /api/runs/0/generate HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                f"{body}".encode()
+            )
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+            left = b"".join(iter(lambda: connection.recv(65536), b""))
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0, err
-    assert "Traceback" not in err and err == ""
+    assert err == "" and b"the explorer has ended" in left

@@ -84,15 +84,19 @@
     body.removeAttribute("aria-busy");
   }
 
+  /** A panel comes into view, perhaps for the first time. */
+  function come(name) {
+    if (seen.has(name)) return;
+    seen.add(name);
+    show(name);
+  }
+
   function watch() {
     const links = new Map([...document.querySelectorAll("nav a")].map((a) => [a.hash.slice(1), a]));
+    for (const [name, link] of links) link.addEventListener("click", () => come(name));
     const near = new IntersectionObserver(
       (entries) => {
-        for (const { target, isIntersecting } of entries)
-          if (isIntersecting && !seen.has(target.id)) {
-            seen.add(target.id);
-            show(target.id);
-          }
+        for (const { target, isIntersecting } of entries) if (isIntersecting) come(target.id);
       },
       { rootMargin: "300px" },
     );
