@@ -66,6 +66,9 @@ class Evaluation:
         return {**self.overall.as_json(), "domains": domains, "routing": self.routing}
 
 
+STARVED = 0.1  # of an even share of the assignments: an expert with less of them starves
+
+
 class RoutingTally:
     """Sums each sparse layer's choices, by domain and by token, and router entropy over batches."""
 
@@ -131,7 +134,7 @@ def evaluate(model: GPT, corpus: Corpus, *, batch_size: int, precision: str) -> 
     tokens = torch.zeros(len(corpus.domains), dtype=torch.int64)
     tally = RoutingTally(len(corpus.domains), model.config.vocab_size)
     try:
-        for inputs, targets, domain_ids in batches(corpus, model.config.context, batch_size):
+        for inputs, targets, domain_ids in _batches(corpus, model.config.context, batch_size):
             inputs = inputs.to(device)
             with autocast(device, precision):
                 logits, routings = model(inputs)
@@ -151,7 +154,17 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def batches(
+def spread_windows(corpus: Corpus, context: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, T) inputs, targets and domains of up to `n` whole windows over the validation split."""
+    windows = EvalWindows(corpus.val, context, corpus.tokenizer.end_id)
+    whole = len(corpus.val) // context
+    places = [i * whole // min(n, whole) for i in range(min(n, whole))]
+    columns = zip(*(windows[i] for i in places), strict=True)
+    inputs, targets, domains = (torch.from_numpy(np.stack(column)) for column in columns)
+    return inputs, targets, domains
+
+
+def _batches(
     corpus: Corpus, context: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(B, T) inputs, (B, T) targets, (B*T,) domain ids; the short last window comes alone."""

@@ -1,12 +1,15 @@
-"""What the C library does with memory that PyTorch frees on a CPU: one of two things, by size.
+"""This process's memory: what becomes of what PyTorch frees on a CPU, and how much is held.
 
-Both are for the whole process and for glibc; elsewhere they do nothing and say so.
+Freed memory is kept or handed back, for the whole process and with glibc; elsewhere asking does
+nothing and says so.
 """
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
 LARGEST = 2**31 - 1
@@ -37,3 +40,27 @@ def _ask(options: dict[int, int]) -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(name, value) for name, value in options.items())
+
+
+def peak_resident() -> int:
+    """Bytes of the most physical memory that this process has held.
+
+    Linux's own record: that of getrusage would begin with what the starting process held.
+    """
+    return memory_of("VmHWM")
+
+
+def resident() -> int:
+    """Bytes of physical memory that this process holds."""
+    return memory_of("VmRSS")
+
+
+def memory_of(field: str) -> int:
+    """Bytes of this process under a name of Linux's /proc/self/status; elsewhere its peak."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    lines = status.read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024

@@ -24,11 +24,13 @@ KNOWS = {
     "runs": {"accounting", "recipe_file", "model", "text"},
     "comparison": {"runs"},
     "evaluation": {"model", "text"},
+    "specialization": {"evaluation", "model"},
     "inference": {"model", "runs", "text"},
     "tasks": {"model", "text"},
     "export": {"accounting", "model", "recipe_file", "runs", "text"},
     "explorer": {
         *("accounting", "evaluation", "inference", "model", "published", "recipe_file", "runs"),
+        "specialization",
         "text",
     },
     "training": {

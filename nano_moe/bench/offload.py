@@ -27,6 +27,7 @@ from nano_moe.errors import UserError
 from nano_moe.inference.decoding import Decoding
 from nano_moe.inference.expert_file import EXPERTS, split_weights
 from nano_moe.inference.offload import Counts, Policy, load_offloaded
+from nano_moe.memory import memory_of
 from nano_moe.model.gpt import GPT, init_weights
 from nano_moe.runs import SCHEMA, Run
 
@@ -110,7 +111,7 @@ def _apart(case: Case) -> Row:
 def measure(case: Case) -> Row:
     """Greedy decoding of one prompt in this process."""
     torch.set_num_threads(case.threads)
-    before = {field: _resident(field) for field in ("RssAnon", "RssFile")}
+    before = {field: memory_of(field) for field in ("RssAnon", "RssFile")}
     run = Run(Path(case.folder))
     _, model, _, store = load_offloaded(
         run, case.budget, policy=case.policy, prefetch=case.prefetch
@@ -132,8 +133,8 @@ def measure(case: Case) -> Row:
     since = Counts(*(now - before for now, before in zip(store.counts, begun, strict=True)))
     return {
         "experts, GB": store.first.nbytes / 1e9 + store.down.nbytes / 1e9,
-        "anonymous, GB": _resident("RssAnon") - before["RssAnon"],
-        "from files, GB": _resident("RssFile") - before["RssFile"],
+        "anonymous, GB": (memory_of("RssAnon") - before["RssAnon"]) / 1e9,
+        "from files, GB": (memory_of("RssFile") - before["RssFile"]) / 1e9,
         "hits": since.hit_rate,
         "guesses right": since.guessed_right / since.guessed if since.guessed else None,
         "tokens/s": case.tokens / seconds,
@@ -143,14 +144,6 @@ def measure(case: Case) -> Row:
 def _empty_cache(path: Path) -> None:
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _resident(field: str) -> float:
-    """GB of this process's memory, as Linux tells it."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024 / 1e9
-    return float("nan")
 
 
 if __name__ == "__main__":

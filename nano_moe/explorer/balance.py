@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from nano_moe.errors import UserError
+from nano_moe.evaluation import STARVED
 from nano_moe.explorer.contract import Balance, Load
 from nano_moe.runs import Run
 
-STARVED = 0.1  # of an even share
 POINTS = 400  # steps that the page is given at most
 
 

@@ -140,8 +140,6 @@ def _no_extra_head(config: ModelConfig) -> Fields:
     return {"num_mtp_layers": 0}
 
 
-_ROUTED = (*ANY_ROUTER, demands.SOFTMAX, demands.NO_GROUPS)
-_UNBIASED = (*_ROUTED, demands.NO_BIAS)
 _DEEPSEEK = (*ANY_ROUTER, demands.UNGATED, demands.EVERY_LAYER)
 _SIGMOID = (*_DEEPSEEK, demands.SIGMOID, demands.GROUPS_BY_TWO, demands.TWO_EXPERTS)
 _GREEDY = (
@@ -159,7 +157,7 @@ FAMILIES = {
     "Mixtral": Family(
         (_heads, _mixtral),
         sparse=(
-            *_UNBIASED,
+            *demands.UNBIASED,
             demands.PLAIN_HEADS,
             demands.NO_SHARED,
             demands.NORMALIZED,
@@ -167,12 +165,13 @@ FAMILIES = {
         ),
     ),
     "Qwen3Moe": Family(
-        (_heads, _chosen, _qwen), sparse=(*_UNBIASED, demands.NORMED_HEADS, demands.NO_SHARED)
+        (_heads, _chosen, _qwen),
+        sparse=(*demands.UNBIASED, demands.NORMED_HEADS, demands.NO_SHARED),
     ),
     "Ernie4_5_Moe": Family(
         (_ernie,),
         sparse=(
-            *_ROUTED,
+            *demands.UNGROUPED,
             demands.PLAIN_HEADS,
             demands.HEADS_FILL_WIDTH,
             demands.UNGATED,
@@ -181,11 +180,11 @@ FAMILIES = {
     ),
     "Qwen2Moe": Family(
         (_chosen, _qwen, _gated_shared, _no_biases),
-        sparse=(*_UNBIASED, demands.PLAIN_HEADS, demands.HEADS_FILL_WIDTH),
+        sparse=(*demands.UNBIASED, demands.PLAIN_HEADS, demands.HEADS_FILL_WIDTH),
     ),
     "Qwen3Next": Family(
         (_heads, _chosen, _qwen, _gated_shared, _whole_rotation, _all_full),
-        sparse=(*_UNBIASED, demands.NORMED_HEADS),
+        sparse=(*demands.UNBIASED, demands.NORMED_HEADS),
     ),
     "Glm4Moe": Family(
         (_heads, _deepseek, _glm, _whole_rotation, _no_extra_head),

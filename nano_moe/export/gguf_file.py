@@ -38,10 +38,7 @@ ARCHITECTURES = [
         False,
         True,
         (
-            *ANY_ROUTER,
-            demands.SOFTMAX,
-            demands.NO_GROUPS,
-            demands.NO_BIAS,
+            *demands.UNBIASED,
             demands.PLAIN_HEADS,
             demands.NO_SHARED,
             demands.NORMALIZED,
@@ -54,10 +51,7 @@ ARCHITECTURES = [
         False,
         True,
         (
-            *ANY_ROUTER,
-            demands.SOFTMAX,
-            demands.NO_GROUPS,
-            demands.NO_BIAS,
+            *demands.UNBIASED,
             demands.PLAIN_HEADS,
             demands.GATED,
             demands.NOT_NORMALIZED,

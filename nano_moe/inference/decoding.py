@@ -21,9 +21,9 @@ class Decoding:
     """
 
     def __init__(self, model: GPT, rows: Sequence[Sequence[int]]):
-        self.model, self.rows = model, [list(row) for row in rows]
+        self.model = model
         self.device = next(model.parameters()).device
-        self._windows = [row[-model.config.context :] for row in self.rows]
+        self._windows = [list(row[-model.config.context :]) for row in rows]
         self._cache: Cache | None = None
 
     @torch.no_grad()
@@ -52,12 +52,10 @@ class Decoding:
 
     def append(self, tokens: Sequence[int], stays: Sequence[bool]) -> None:
         """Add a token to every row, and go on with those rows that stay."""
-        for row, window, token in zip(self.rows, self._windows, tokens, strict=True):
-            row.append(token)
+        for window, token in zip(self._windows, tokens, strict=True):
             window.append(token)
         if not all(stays):
             kept = [number for number, stay in enumerate(stays) if stay]
-            self.rows = [self.rows[number] for number in kept]
             self._windows = [self._windows[number] for number in kept]
             if self._cache is not None:
                 self._cache.select(kept)

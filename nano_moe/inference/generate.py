@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,13 +82,17 @@ def generate_all(
     model.config.check_causal()
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     rows = [[tokenizer.end_id, *(int(i) for i in tokenizer.encode(text))] for text in prompts]
-    return _pieces(Decoding(model, rows), tokenizer, max_tokens, drawing, seed)
+    return _pieces(Decoding(model, rows), len(rows), tokenizer, max_tokens, drawing, seed)
 
 
 def _pieces(
-    decoding: Decoding, tokenizer: Tokenizer, max_tokens: int, drawing: dict, seed: int
+    decoding: Decoding,
+    n_rows: int,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    drawing: dict[str, Any],
+    seed: int,
 ) -> Iterator[tuple[int, str]]:
-    n_rows = len(decoding.rows)
     generators = [torch.Generator().manual_seed(seed + row) for row in range(n_rows)]
     text = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n_rows)]
     going = list(range(n_rows))

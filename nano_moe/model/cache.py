@@ -26,12 +26,6 @@ class Cache:
         self.layers = [LayerCache(self) for _ in range(config.n_layers)]
         self.even, self.start, self.end = True, 0, 0  # whether all rows are equally long
 
-    @property
-    def bytes(self) -> int:
-        """What is held, room for later tokens included."""
-        held = (t for layer in self.layers for t in layer.held.values())
-        return sum(t.numel() * t.element_size() for t in held)
-
     def read(self, n: int) -> None:
         """Place the next `n` tokens of each row; raises ValueError past the context."""
         self.start = int(self.lengths.max())

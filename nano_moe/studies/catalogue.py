@@ -82,7 +82,7 @@ def run(found: Found, *, workers: int | None = None) -> Outcome:
     """Do what is left of a study and write its results file; none while runs are missing."""
     planned = plan(found.path, found.study, FULL)
     check_fair(found.path, found.study, planned)
-    check_classes(found)
+    check_names(found)
     check_tuned(found, planned)
     rule_commit = results.introduced(found.path, found.study.rule)
     todo = engine.tasks(planned)
@@ -106,8 +106,7 @@ def collect(found: Found) -> dict[str, Any]:
     stored = results.read(found.results)
     check_rule(found, stored)
     planned = plan(found.path, found.study, FULL)
-    keys = [_stored_run(stored, one, found)["key"] for one in planned]
-    todo = engine.finished(engine.tasks(planned), keys)
+    todo = _as_stored(found, stored, planned)
     content = results.collect(found.name, found.study, todo, rule_commit=stored["rule_commit"])
     if "step_times" in stored:
         content["step_times"] = stored["step_times"]
@@ -115,10 +114,21 @@ def collect(found: Found) -> dict[str, Any]:
     return content
 
 
+def _as_stored(
+    found: Found, stored: dict[str, Any], planned: Sequence[Planned]
+) -> list[engine.Task]:
+    """The tasks under the keys that results name; raises UserError where one is not here."""
+    keys = [_stored_run(stored, one, found)["key"] for one in planned]
+    return engine.finished(engine.tasks(planned), keys)
+
+
 def runs_of(found: Found) -> dict[str, Run]:
     """The study's runs that are finished here, by member and seed; raises UserError for none."""
-    todo = engine.tasks(plan(found.path, found.study, FULL))
-    done = {task.name: task.job.run for task in todo if task.job.done and not task.job.measure}
+    planned = [one for one in plan(found.path, found.study, FULL) if not one.measure]
+    todo = engine.tasks(planned)
+    if found.results.is_file() and not any(task.job.done for task in todo):
+        todo = _as_stored(found, results.read(found.results), planned)
+    done = {task.name: task.job.run for task in todo if task.job.done}
     if not done:
         raise UserError(
             f"{found.name}: none of its runs is in {engine.ROOT}; run: make reproduce "
@@ -144,8 +154,10 @@ def check_tuned(found: Found, planned: Sequence[Planned]) -> None:
             )
 
 
-def check_classes(found: Found) -> None:
-    """Raises UserError where a member is tuned as what the grid does not know."""
+def check_names(found: Found) -> None:
+    """Raises UserError where it repeats no study, or a member's class is none of the grid's."""
+    if found.study.repeats is not None:
+        find(found.study.repeats, found.path.parent)
     known = find(GRID, found.path.parent).study.members if found.name != GRID else {}
     for name, member in found.study.members.items():
         if member.tuned_as is not None and member.tuned_as not in known:
@@ -164,7 +176,7 @@ def smoke_place() -> Iterator[Place]:
 
 def smoke(found: Found, place: Place) -> dict[str, Any]:
     """The same on models of a few weights and a made-up text, in this process; no verdicts."""
-    check_classes(found)
+    check_names(found)
     few = found.study.model_copy(update={"seeds": found.study.seeds[:SMOKE_SEEDS]})
     check_fair(found.path, few, plan(found.path, few, FULL))
     planned = plan(found.path, few, {**FULL, **_small(place.text)})

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 
 from nano_moe.device import choose_precision
-from nano_moe.evaluation import autocast
+from nano_moe.evaluation import autocast, spread_windows
 from nano_moe.runs import Run
 from nano_moe.studies.specialization import folder_of
 from nano_moe.text.store import Corpus
-from nano_moe.text.windows import EvalWindows
 from nano_moe.training.step_callback import StepCallback
 
 WINDOWS = 8
@@ -31,10 +30,7 @@ class Choices(StepCallback):
         steps = recipe.trainer.steps
         self.at = {max(1, steps * point // POINTS) for point in range(1, POINTS + 1)}
         self.at |= {max(1, steps // 100)}
-        windows = EvalWindows(corpus.val, recipe.model.context, corpus.tokenizer.end_id)
-        whole = len(corpus.val) // recipe.model.context
-        chosen = np.unique(np.linspace(0, whole - 1, min(WINDOWS, whole)).astype(int))
-        self.probe = torch.from_numpy(np.stack([windows[i][0] for i in chosen]))  # (B, T)
+        self.probe = spread_windows(corpus, recipe.model.context, WINDOWS)[0]  # (B, T)
 
     @torch.no_grad()
     def on_step_end(self, trainer: Any, pl_module: Any, outputs: Any) -> None:

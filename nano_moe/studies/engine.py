@@ -88,14 +88,14 @@ def tasks(planned: Sequence[Planned], root: Path = ROOT, *, smoke: bool = False)
     return [found[one.member, one.seed] for one in planned]
 
 
-def finished(planned: Sequence[Task], keys: Sequence[str], root: Path = ROOT) -> list[Task]:
+def finished(planned: Sequence[Task], keys: Sequence[str]) -> list[Task]:
     """The tasks as they were done under these keys; raises UserError where one is not here."""
     found = []
     for task, key in zip(planned, keys, strict=True):
-        folder = next(root.glob(f"*-{key}"), root / key)
+        folder = next(ROOT.glob(f"*-{key}"), ROOT / key)
         job = dataclasses.replace(task.job, folder=str(folder), key=key)
         if not job.done:
-            raise UserError(f"{task.name}: its run {key} is not in {root}; its results stay")
+            raise UserError(f"{task.name}: its run {key} is not in {ROOT}; its results stay")
         found.append(dataclasses.replace(task, job=job))
     return found
 

@@ -117,14 +117,23 @@ def _curves(axes: Axes, content: Mapping[str, Any]) -> None:
 
 def _flops(axes: Axes, content: Mapping[str, Any]) -> None:
     """Final validation loss over training FLOPs, a marker per run."""
-    for number, (member, cost) in enumerate(content["members"].items()):
-        losses = _of_member(content, member, "ce")
-        teraflops = [cost["train_flops"] / 1e12] * len(losses)
+    teraflops = {
+        member: [cost["train_flops"] / 1e12] * len(_of_member(content, member, "ce"))
+        for member, cost in content["members"].items()
+    }
+    _losses_over(axes, content, teraflops, "training TFLOPs")
+
+
+def _losses_over(
+    axes: Axes, content: Mapping[str, Any], at: Mapping[str, Sequence[float]], name: str
+) -> None:
+    """Final validation losses over something that each run has, by member."""
+    for number, member in enumerate(content["members"]):
         axes.plot(
-            teraflops, losses, MARKERS[number % len(MARKERS)], label=member,
-            color=COLOURS[number % len(COLOURS)], ms=5, mfc="none",
+            at[member], _of_member(content, member, "ce"), MARKERS[number % len(MARKERS)],
+            label=member, color=COLOURS[number % len(COLOURS)], ms=5, mfc="none",
         )  # fmt: skip
-    axes.set_xlabel("training TFLOPs")
+    axes.set_xlabel(name)
     axes.set_ylabel("validation cross-entropy, nats per token")
     _legend(axes)
 
@@ -209,15 +218,8 @@ def _line_name(line: Mapping[str, Any]) -> str:
 
 def _price(axes: Axes, content: Mapping[str, Any]) -> None:
     """Final validation loss over MaxVio, a marker per run."""
-    for number, member in enumerate(content["members"]):
-        axes.plot(
-            _of_member(content, member, "max_vio"), _of_member(content, member, "ce"),
-            MARKERS[number % len(MARKERS)], label=member, color=COLOURS[number % len(COLOURS)],
-            ms=5, mfc="none",
-        )  # fmt: skip
-    axes.set_xlabel("MaxVio of the worst layer (busiest expert over mean, minus 1)")
-    axes.set_ylabel("validation cross-entropy, nats per token")
-    _legend(axes)
+    at = {member: _of_member(content, member, "max_vio") for member in content["members"]}
+    _losses_over(axes, content, at, "MaxVio of the worst layer (busiest expert over mean, minus 1)")
 
 
 def _specialization(axes: Axes, content: Mapping[str, Any]) -> None:

@@ -16,17 +16,15 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nano_moe.device import choose_precision
-from nano_moe.evaluation import autocast
+from nano_moe.evaluation import autocast, spread_windows
 from nano_moe.model.gpt import GPT
 from nano_moe.model.loss import cross_entropy
 from nano_moe.runs import Run, load_model
 from nano_moe.text.store import Corpus
-from nano_moe.text.windows import EvalWindows
 
 WINDOWS = 32  # spread over the validation split
 
@@ -34,7 +32,7 @@ WINDOWS = 32  # spread over the validation split
 def look(run: Run, corpus: Corpus) -> dict[str, Any]:
     """The four losses in nats per token."""
     recipe, model, _ = load_model(run)
-    inputs, targets = _windows(corpus, recipe.model.context)
+    inputs, targets, _ = spread_windows(corpus, recipe.model.context, WINDOWS)
     with autocast(inputs.device, choose_precision(recipe)):
         figures = losses(model, inputs, targets, recipe.trainer.batch_size)
     return {"figures": figures, "details": {"windows": len(inputs)}}
@@ -53,15 +51,6 @@ def losses(model: GPT, inputs: Tensor, targets: Tensor, rows: int) -> dict[str, 
         "ce_other_future": other[:, :half].mean().item(),
         "ce_prefix": _prefix_loss(model, inputs, targets),
     }
-
-
-def _windows(corpus: Corpus, context: int) -> tuple[Tensor, Tensor]:
-    """(M, T) inputs and targets of whole windows."""
-    windows = EvalWindows(corpus.val, context, corpus.tokenizer.end_id)
-    whole = len(corpus.val) // context
-    chosen = np.unique(np.linspace(0, whole - 1, min(WINDOWS, whole)).astype(int))
-    inputs, targets, _ = zip(*(windows[i] for i in chosen), strict=True)
-    return torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
 
 
 def _in_batches(rows: int, inputs: Tensor, targets: Tensor) -> zip[tuple[Tensor, Tensor]]:

@@ -5,12 +5,9 @@ Shapes: B batch, T time.
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ from nano_moe.accounting import count
 from nano_moe.bench.bare import BareStep
 from nano_moe.bench.recipes import RandomTokens
 from nano_moe.config import Recipe
-from nano_moe.memory import return_freed_memory
+from nano_moe.memory import peak_resident, resident, return_freed_memory
 from nano_moe.training.module import Decoder
 
 WARM_UP, STEPS = 1, 3
@@ -68,26 +65,3 @@ def _median(case: Callable[[int], object], warm_up: int, rounds: int) -> float:
         case(number)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[warm_up:])
-
-
-def peak_resident() -> int:
-    """Bytes of the most physical memory that this process has held.
-
-    Linux's own record: that of getrusage would begin with what the starting process held.
-    """
-    return _of_process("VmHWM")
-
-
-def resident() -> int:
-    """Bytes of physical memory that this process holds."""
-    return _of_process("VmRSS")
-
-
-def _of_process(field: str) -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    lines = status.read_text(encoding="utf-8").splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024

@@ -83,6 +83,8 @@ def _planned(
         raise UserError(f"{where}: {error}") from error
     if not recipe.model.is_causal and member.look != "leak":
         raise UserError(f"{where}: {SEES_THE_FUTURE}; leave it out")
+    if recipe.model.moe is None and member.look == "specialization":
+        raise UserError(f"{where}.look: a dense member has no experts to look at; drop it")
     return Planned(name, seed, recipe, file.stem, member.measure, member.look, source)
 
 
@@ -114,7 +116,7 @@ def _sides(comparison: Comparison) -> tuple[str, str]:
 
 def _amount(what: Equal, study: Study, member: str, recipes: Mapping[str, Recipe]) -> float:
     recipe = recipes[member]
-    source = study.members[member].start_from if study.grid is None else None
+    source = study.members[member].start_from
     if what == "tokens":
         return recipe.trainer.steps * recipe.tokens_per_step
     if what == "flops":

@@ -202,7 +202,15 @@ class Study(Section):
             self._check_member("step_times" if name in self.step_times else "timed", name)
         for name, member in self.members.items():
             self._check_source(f"members.{name}", name, member)
+        self._check_figure()
         return self
+
+    def _check_figure(self) -> None:
+        looks = {member.look for member in self.members.values()}
+        if self.figure == "trend" and not self.trends:
+            raise FieldFault("figure", "draws the first trend, and there is none")
+        if self.figure in LOOKED and self.figure not in looks:
+            raise FieldFault("figure", f"draws a look that no member has; set look: {self.figure}")
 
     def _check_comparison(self, where: str, comparison: Comparison) -> None:
         figures = {"better": comparison.figure, "than": comparison.than_figure or comparison.figure}
@@ -237,9 +245,11 @@ class Study(Section):
         if member.start_from is None:
             return
         self._check_member(f"{where}.start_from", member.start_from)
-        if self.members[member.start_from].start_from is not None or len(self.seeds) < 2:
+        source = self.members[member.start_from]
+        if source.start_from is not None or source.seeds is not None or len(self.seeds) < 2:
             raise FieldFault(
-                f"{where}.start_from", "needs two seeds, and a member that starts from none"
+                f"{where}.start_from",
+                "needs two seeds, and a member of all of them that itself starts from none",
             )
 
     def _check_member(self, where: str, name: str) -> None:

@@ -1,10 +1,10 @@
 """Is it domain or syntax that experts learn? What a token's expert tells about the token.
 
-Mutual information of expert with domain, with token class and with token id over the validation
+Mutual information of expert with domain, with kind of token and with token id over the validation
 split, less what the same labels in random order would give; router saturation and co-activation
 as in OLMoE (Muennighoff et al. 2024, sec. 5).
 
-Shapes: N tokens, E experts, K top_k, A values of an attribute.
+Shapes: W windows of T tokens, N = W*T tokens, E experts, K top_k, A values of an attribute.
 """
 
 from __future__ import annotations
@@ -20,46 +20,32 @@ import torch
 from torch import Tensor
 
 from nano_moe.device import choose_precision
-from nano_moe.evaluation import autocast, batches, count_pairs
-from nano_moe.model.balance import mutual_information
+from nano_moe.evaluation import autocast, spread_windows
 from nano_moe.runs import Run, load_model
+from nano_moe.specialization import KINDS, affinity, joint, kind_of, told
 from nano_moe.text.store import Corpus
 
-CLASSES = ("word after a space", "continuation", "number", "punctuation", "whitespace", "end")
 TOP = 8  # tokens shown per expert
 SEEN = 20  # times that such a token occurs at least
 SHUFFLES = 3
 
 
 class Attribute(NamedTuple):
-    """A label for each token, of `size` values."""
+    """A label for each token, of `size` values; of whole windows where `of_texts`."""
 
-    values: Tensor  # (N,)
+    values: Tensor  # (W, T)
     size: int
-
-
-def token_class(piece: bytes) -> int:
-    """The place in CLASSES of a token's bytes; b"" is the end of a document."""
-    text = piece.decode("utf-8", errors="replace")
-    if not text:
-        return CLASSES.index("end")
-    if not text.strip():
-        return CLASSES.index("whitespace")
-    if any(character.isdigit() for character in text):
-        return CLASSES.index("number")
-    if not any(character.isalpha() for character in text):
-        return CLASSES.index("punctuation")
-    return CLASSES.index("word after a space" if text[0].isspace() else "continuation")
+    of_texts: bool = False
 
 
 def look(run: Run, corpus: Corpus) -> dict[str, Any]:
     """Information in bits, mean over layers, and as a share of the attribute's entropy."""
     tokens, domains, layers = _choices(run, corpus)
-    classes = torch.tensor([token_class(piece) for piece in corpus.tokenizer.pieces])
+    kinds = torch.tensor([kind_of(piece) for piece in corpus.tokenizer.pieces])
     vocabulary = len(corpus.tokenizer.pieces)
     attributes = {
-        "domain": Attribute(domains, len(corpus.domains)),
-        "class": Attribute(classes[tokens], len(CLASSES)),
+        "domain": Attribute(domains, len(corpus.domains), of_texts=True),
+        "class": Attribute(kinds[tokens], len(KINDS)),
         "token": Attribute(tokens, vocabulary),
     }
     n_experts = run.recipe().model.moe.n_experts  # type: ignore[union-attr]
@@ -86,47 +72,36 @@ def look(run: Run, corpus: Corpus) -> dict[str, Any]:
 
 @torch.no_grad()
 def _choices(run: Run, corpus: Corpus) -> tuple[Tensor, Tensor, Mapping[int, Tensor]]:
-    """Input tokens (N,), domains (N,), and per sparse layer the chosen experts (N, K)."""
+    """Input tokens (W, T), domains (W, T), and per sparse layer the chosen experts (N, K)."""
     recipe, model, _ = load_model(run)
-    tokens, domains = [], []
+    context = recipe.model.context
+    tokens, _, domains = spread_windows(corpus, context, len(corpus.val) // context)
     layers: dict[int, list[Tensor]] = {}
-    for inputs, _, domain in batches(corpus, recipe.model.context, recipe.trainer.batch_size):
+    for inputs in tokens.split(recipe.trainer.batch_size):
         with autocast(inputs.device, choose_precision(recipe)):
             _, routings = model(inputs)
-        tokens.append(inputs.flatten())
-        domains.append(domain)
         for number, routing in enumerate(routings):
             if routing is not None:
                 layers.setdefault(number, []).append(routing.ids)
-    return torch.cat(tokens), torch.cat(domains), {n: torch.cat(ids) for n, ids in layers.items()}
+    return tokens, domains, {number: torch.cat(ids) for number, ids in layers.items()}
 
 
 def _layer(
     number: int, ids: Tensor, n_experts: int, attributes: Mapping[str, Attribute]
 ) -> dict[str, Any]:
     """Information in bits with and without shuffled labels; how often experts go together."""
-    generator = torch.Generator().manual_seed(number)
     row: dict[str, Any] = {"layer": number}
-    for name, (values, size) in attributes.items():
-        row[name] = _information(ids, n_experts, values, size)
-        shuffled = [
-            values[torch.randperm(len(values), generator=generator)] for _ in range(SHUFFLES)
-        ]
-        row[f"{name}_shuffled"] = statistics.fmean(
-            _information(ids, n_experts, labels, size) for labels in shuffled
+    for name, (values, size, of_texts) in attributes.items():
+        table = joint(values.flatten(), ids, (size, n_experts))
+        row[name], row[f"{name}_shuffled"] = told(
+            values, ids, table, whole_windows=of_texts, shuffles=SHUFFLES
         )
     return {**row, "coactivation": coactivation(ids, n_experts).tolist()}
 
 
-def _information(ids: Tensor, n_experts: int, values: Tensor, size: int) -> float:
-    joint = torch.zeros(size, n_experts, dtype=torch.int64)
-    count_pairs(joint, values, ids)
-    return mutual_information(joint).item()
-
-
 def _entropy(attribute: Attribute) -> float:
     """Bits that the attribute itself holds."""
-    shares = torch.bincount(attribute.values, minlength=attribute.size).double()
+    shares = torch.bincount(attribute.values.flatten(), minlength=attribute.size).double()
     shares = shares / shares.sum()
     return torch.special.entr(shares).sum().item() / math.log(2)
 
@@ -146,11 +121,8 @@ def _top_tokens(
     ids: Tensor, n_experts: int, token: Attribute, pieces: list[str]
 ) -> list[list[str]]:
     """Per expert, the tokens that go to it most often when they occur, the surest first."""
-    joint = torch.zeros(token.size, n_experts, dtype=torch.int64)
-    count_pairs(joint, token.values, ids)
-    seen = torch.bincount(token.values, minlength=token.size)
-    share = joint / seen.clamp_min(1)[:, None]
-    share[seen < SEEN] = -1
+    table = joint(token.values.flatten(), ids, (token.size, n_experts))
+    share = affinity(table, SEEN * ids.shape[1])
     best = share.topk(min(TOP, token.size), dim=0).indices.T  # (E, TOP)
     return [[pieces[i] for i in row if share[i, expert] > 0] for expert, row in enumerate(best)]
 

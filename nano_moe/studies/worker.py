@@ -26,14 +26,14 @@ from nano_moe.bench.machine import describe_machine
 from nano_moe.config import Recipe
 from nano_moe.device import choose_precision
 from nano_moe.errors import UserError
-from nano_moe.evaluation import Evaluation, evaluate
+from nano_moe.evaluation import STARVED, Evaluation, evaluate
+from nano_moe.memory import peak_resident, resident
 from nano_moe.runs import Run, git_commit, load_model, versions, write_json
 from nano_moe.studies import looks
-from nano_moe.studies.measure import measure, peak_resident, resident
+from nano_moe.studies.measure import measure
 from nano_moe.text.store import Corpus, prepare
 
 RESULT = "result.json"
-STARVED = 0.1  # of an even share
 BALANCE = ("max_vio", "max_share", "dead_experts", "load_entropy")
 IN_TRAINING = (*BALANCE, "dropped_share")
 

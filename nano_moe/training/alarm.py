@@ -32,7 +32,7 @@ class Alarm(StepCallback):
 
     def on_micro_batch_end(self, outputs: Any) -> None:
         counts = outputs.get("counts")
-        if counts is None:
+        if counts is None or not self.enabled:
             return
         self._counts = counts if self._counts is None else self._counts + counts
 
@@ -43,7 +43,7 @@ class Alarm(StepCallback):
         self.worst_share = min(1.0, self.worst_share * self.top_k)
         if trainer.global_step % self.every == 0:
             for line in self.faults(self._counts, pl_module.layers):
-                self._tell(f"WARNING: step {trainer.global_step}: {line}")
+                tqdm.write(f"WARNING: step {trainer.global_step}: {line}", file=sys.stderr)
             self._counts = None
 
     def faults(self, counts: Tensor, layers: list[int]) -> list[str]:
@@ -65,7 +65,3 @@ class Alarm(StepCallback):
         known = (layer, kind) in self._told
         self._told.add((layer, kind))
         return not known
-
-    def _tell(self, line: str) -> None:
-        if self.enabled:
-            tqdm.write(line, file=sys.stderr)

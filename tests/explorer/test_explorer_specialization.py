@@ -10,7 +10,6 @@ from nano_moe.evaluation import evaluate
 from nano_moe.explorer import specialization as module
 from nano_moe.explorer.documents import finish
 from nano_moe.explorer.passages import passage
-from nano_moe.explorer.specialization import KINDS, kind_of, shuffled
 
 
 def test_over_a_whole_split_it_says_what_the_evaluation_says(opened, monkeypatch):
@@ -63,15 +62,6 @@ def test_the_control_of_a_model_that_knows_the_domain_is_far_below_it():
     assert found["control"] == pytest.approx(1 / (2 * math.log(2) * 64), rel=0.8)
 
 
-def test_domains_are_shuffled_by_whole_windows_and_the_rest_token_by_token():
-    values = torch.arange(6).unsqueeze(1).expand(6, 5)
-    whole = shuffled(values, 0, whole_windows=True).view(6, 5)
-    assert (whole == whole[:, :1]).all() and sorted(whole[:, 0].tolist()) == list(range(6))
-    single = shuffled(values, 0, whole_windows=False)
-    assert sorted(single.tolist()) == sorted(values.flatten().tolist())
-    assert not (single.view(6, 5) == single.view(6, 5)[:, :1]).all()
-
-
 def test_work_pauses_between_batches_and_is_bounded(opened, monkeypatch):
     monkeypatch.setattr(module, "TOKENS", 48 * 6)
     monkeypatch.setattr(module, "BATCH", 48 * 2)
@@ -91,27 +81,6 @@ def test_what_sees_the_future_and_what_is_dense_is_refused(opened):
         finish(opened("choosing").specialization())
     with pytest.raises(UserError, match="dense run"):
         finish(opened("dense").specialization())
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        (" fox", "word start"),
-        ("ing", "word part"),
-        ("été", "word part"),
-        (" 42", "number"),
-        ("½", "number"),
-        ("\n\n  ", "white space"),
-        (" (", "punctuation"),
-        ("!?", "punctuation"),
-        ("x1", "other"),
-        ("⟨c3⟩", "other"),
-        ("⟨end⟩", "other"),
-        ("�", "other"),
-    ],
-)
-def test_kinds_of_tokens(text, kind):
-    assert KINDS[kind_of(text)] == kind
 
 
 def test_passages_lie_within_their_domain_and_begin_where_a_line_does(opened):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from nano_moe import memory
 from nano_moe.errors import UserError
-from nano_moe.studies import engine, keys, measure, plan, results, schema, worker
+from nano_moe.studies import engine, keys, plan, results, schema, worker
 
 MEASURED = ("created", "seconds", "memory_gb", "machine")
 
@@ -276,7 +277,7 @@ def rows(run):
 
 
 def test_peak_memory_is_of_the_process_and_not_of_its_parent():
-    code = "from nano_moe.studies.measure import peak_resident as p; print(p())"
+    code = "from nano_moe.memory import peak_resident as p; print(p())"
     held = bytearray(1_500_000_000)
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert measure.peak_resident() > len(held) > 2 * int(child.stdout)
+    assert memory.peak_resident() > len(held) > 2 * int(child.stdout)

@@ -31,6 +31,8 @@ GRID = "  grid: {field: optim.lr, values: [0.1, 0.2, 0.3, 0.4]}\n  members:"
         ("  comparisons:", f"{TREND}a, 2: b, 4: dense}}]\n  comparisons:", "no member 'a'"),
         ("  comparisons:", f"{TREND}dense, 2: sparse}}]\n  comparisons:", "three points"),
         ("fields: {model.d_ff", "seeds: [3], fields: {model.d_ff", "seed that the study has not"),
+        ("  members:", "  figure: trend\n  members:", "there is none"),
+        ("  members:", "  figure: leak\n  members:", "no member has; set look: leak"),
         ("fields: {model.d_ff", "start_from: dens, fields: {model.d_ff", "no member 'dens'"),
     ],
 )
