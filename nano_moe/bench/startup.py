@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from nano_moe.training.module import Decoder
 from nano_moe.training.step_callback import StepCallback
 
 OVERHEAD_TARGET = 1.03  # of a bare loop's time
+LOGGING_TARGET = 0.02  # of the time of all steps, every tenth of them writing its row
 START_TARGET = 8.0  # seconds
 LONGEST_START = 120.0  # seconds until a start counts as failed
 MODEL = "8 experts top-2"  # its telemetry has more to write than a dense model's
@@ -36,7 +38,7 @@ NEVER = ("trainer.val_every=1000000", "trainer.save_every=1000000")
 
 def overhead(quick: bool) -> Iterator[Row]:
     """A step of `fit`, with all its callbacks, against the same step in a bare loop."""
-    n_steps, skipped = (8, 2) if quick else (45, 5)
+    n_steps, skipped = (12, 2) if quick else (65, 5)
     with text_folder(WORDS // 10 if quick else WORDS) as (folder, data):
         changes = (*data, *NEVER, f"trainer.steps={n_steps}", "optim.warmup_steps=0")
         chosen = recipe(MODEL, *changes, quick=quick)
@@ -56,6 +58,25 @@ def overhead(quick: bool) -> Iterator[Row]:
         "met": ratio.median <= OVERHEAD_TARGET,
         "rounds": timings.rounds,
     }
+    writing = logging_ms(watch, skipped)
+    share = writing / 1e3 / chosen.trainer.log_every / timings.spread("fit").median
+    yield {
+        "logging": MODEL,
+        "ms": round(writing, 2),
+        "every steps": chosen.trainer.log_every,
+        "share of training": round(share, 4),
+        "target": LOGGING_TARGET,
+        "met": share <= LOGGING_TARGET,
+    }
+
+
+def logging_ms(watch: Alternate, skipped: int) -> float:
+    """How much longer over a bare step a step takes that writes its row than one that does not."""
+    excess: dict[bool, list[float]] = {True: [], False: []}
+    pairs = zip(watch.seconds["fit"], watch.seconds["bare loop"], watch.wrote, strict=True)
+    for of_fit, of_bare, wrote in list(pairs)[skipped:]:
+        excess[wrote].append(of_fit - of_bare)
+    return 1e3 * (statistics.median(excess[True]) - statistics.median(excess[False]))
 
 
 class Alternate(StepCallback):
@@ -67,6 +88,7 @@ class Alternate(StepCallback):
     def __init__(self, bare: BareStep):
         self.bare = bare
         self.seconds: dict[str, list[float]] = {"fit": [], "bare loop": []}
+        self.wrote: list[bool] = []  # whether that step of the trainer logged
         self._left: float | None = None  # when the trainer got its turn
 
     def on_step_end(self, trainer: Any, pl_module: Any, outputs: Any) -> None:
@@ -79,6 +101,7 @@ class Alternate(StepCallback):
         if self._left is not None:
             self.seconds["fit"].append(arrived - self._left)
             self.seconds["bare loop"].append(end - start)
+            self.wrote.append(trainer.global_step % pl_module.recipe.trainer.log_every == 0)
         self._left = time.perf_counter()
 
 

@@ -40,8 +40,19 @@ def test_the_bare_loop_trains_as_the_trainer_does():
         "fit": n_steps - 2,  # all but the first and the last
         "bare loop": n_steps - 2,
     }
+    assert watch.wrote == [False] * (n_steps - 2)  # the recipe logs every tenth step
     for name, weight in bare.module.state_dict().items():
         torch.testing.assert_close(saved[name], weight, msg=name)
+
+
+def test_logging_is_what_steps_that_write_take_longer_than_others():
+    watch = startup.Alternate(None)
+    watch.wrote = [False, True, False, False, True, False]
+    watch.seconds = {
+        "fit": [9.0, 9.0, 1.5, 2.5, 2.75, 1.5],
+        "bare loop": [1.0, 1.0, 1.0, 2.0, 2.0, 1.0],
+    }
+    assert startup.logging_ms(watch, skipped=2) == 250
 
 
 def test_parts_of_a_step_sum_to_one():
