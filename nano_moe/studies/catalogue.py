@@ -237,7 +237,11 @@ def _check_same(
         "text": task.corpus,
         "threads": task.job.threads,
     }
-    there = {"recipe": member["recipe"], "text": before["corpus"], "threads": member["threads"]}
+    there = {
+        "recipe": results.as_now(member["recipe"]),
+        "text": before["corpus"],
+        "threads": member["threads"],
+    }
     differs = [name for name in here if here[name] != there[name]]
     if differs:
         raise UserError(

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from nano_moe import recipe_file
 from nano_moe.accounting import count
 from nano_moe.bench.machine import describe_machine
@@ -107,6 +109,17 @@ def _member(task: Task, sources: dict[str, int]) -> dict[str, Any]:
 def what_runs(recipe: Recipe) -> dict[str, Any]:
     """A member's resolved recipe, without the seed and where its text lies."""
     return recipe.model_dump(mode="json", exclude={"seed": True, "data": {"files", "cache"}})
+
+
+def as_now(stored: dict[str, Any]) -> dict[str, Any]:
+    """A recipe in results as this version has it: fields that came later are at their defaults.
+
+    Raises UserError where it has one that this version has not.
+    """
+    try:
+        return what_runs(Recipe.model_validate(stored))
+    except ValidationError as error:
+        raise UserError("its recipe is none of this version; run the study again") from error
 
 
 def _by_member(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:

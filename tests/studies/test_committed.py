@@ -95,7 +95,8 @@ def test_results_have_every_run_and_no_optimum_at_an_edge(found):
 def test_results_are_of_the_recipes_that_are_here(found):
     stored = results.read(found.results)["members"]
     for one in plan.plan(found.path, found.study, catalogue.FULL):
-        assert stored[one.member]["recipe"] == results.what_runs(one.recipe), one.member
+        recipe = results.as_now(stored[one.member]["recipe"])
+        assert recipe == results.what_runs(one.recipe), one.member
 
 
 @finished

@@ -4,6 +4,9 @@ import subprocess
 
 import pytest
 
+from nano_moe import recipe_file
+from nano_moe.bench.recipes import FOLDER
+from nano_moe.errors import UserError
 from nano_moe.studies import results, schema, verdicts
 from nano_moe.studies.schema import Comparison, Recovered, Trend
 
@@ -113,3 +116,14 @@ def test_a_rule_is_as_old_as_the_last_commit_that_changed_what_decides(written):
     third = commit("rule")
     for file in (path, again):
         assert results.introduced(file, schema.load(file).rule) == third
+
+
+def test_a_stored_recipe_has_later_fields_at_their_defaults():
+    recipe = recipe_file.load(FOLDER / "mixtral.yaml")
+    stored = results.what_runs(recipe)
+    assert results.as_now(stored) == stored
+    del stored["trainer"]["compile"], stored["model"]["moe"]["n_groups"]
+    assert results.as_now(stored) == results.what_runs(recipe)
+    stored["model"]["of_a_later_version"] = 1
+    with pytest.raises(UserError, match="none of this version"):
+        results.as_now(stored)
