@@ -36,11 +36,20 @@ def break_even(dense: list[Run], sparse: list[Run]) -> list[dict[str, Any]]:
     bounds that are known. Raises UserError for a run that has not ended, and for runs that differ
     in more than seed, steps and, between the sides, model and rates.
     """
-    for runs in (dense, sparse):
-        _check_alike(runs)
+    for side, are_sparse in ((dense, False), (sparse, True)):
+        _check_kind(side, are_sparse)
+        _check_alike(side)
     ends = [end_of(run) for run in sparse]
     rows = [_row(one, ends) for one in map(end_of, dense)]
     return sorted(rows, key=lambda row: (row["tokens"], row["seed"]))
+
+
+def _check_kind(side: list[Run], are_sparse: bool) -> None:
+    """Raises UserError for a run that belongs on the other side."""
+    for run in side:
+        if (run.recipe().model.moe is not None) != are_sparse:
+            found = "has no experts" if are_sparse else "has experts"
+            raise UserError(f"{run.name}: {found}; name it among the other side's runs")
 
 
 def _check_alike(side: list[Run]) -> None:

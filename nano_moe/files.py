@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from nano_moe.errors import UserError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
@@ -49,6 +51,16 @@ def creating(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         _remove(temporary)
+
+
+def make_folder(path: Path) -> None:
+    """The folder and those above it, where they are missing; raises UserError for a file there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f"{path}: a file is where a folder should be; move it, or work elsewhere"
+        ) from error
 
 
 def _check_absent(path: Path) -> None:

@@ -28,7 +28,7 @@ from nano_moe import recipe_file
 from nano_moe.accounting import count
 from nano_moe.config import Recipe
 from nano_moe.errors import UserError
-from nano_moe.files import write_text
+from nano_moe.files import make_folder, write_text
 
 if TYPE_CHECKING:
     from nano_moe.model.gpt import GPT
@@ -86,7 +86,7 @@ def create(recipe: Recipe, *, stem: str, name: str | None = None, root: Path = R
 
     Without a name it is `<stem>-<n>` with the next free number. Nothing is ever overwritten.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     run = Run(_claim_next(root, stem) if name is None else _claim(root, name))
     try:
         write_text(run.recipe_file, recipe_file.dump(recipe))

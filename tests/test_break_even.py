@@ -22,12 +22,16 @@ def law(tokens: float) -> float:
 
 
 @pytest.fixture
-def finished(recipe_of, dense_config, tmp_path):
-    """Writes a run that ended at `ce` after `steps`, of which `done` were taken."""
+def finished(recipe_of, dense_config, moe_config, tmp_path):
+    """Writes a run that ended at `ce` after `steps`, of which `done` were taken.
+
+    It has experts unless its name begins with "dense".
+    """
 
     def make(name: str, steps: int, ce: float, *, seed: int = 7, done: int | None = None, **more):
         trainer = {"steps": steps, "batch_size": 16, "precision": more.get("precision", "fp32")}
-        model = dense_config(context=64, d_ff=more.get("d_ff", 64))
+        config = dense_config if name.startswith("dense") else moe_config
+        model = config(context=64, d_ff=more.get("d_ff", 64))
         recipe = recipe_of(model, trainer=trainer)
         recipe = recipe.model_copy(update={"seed": seed})
         run = runs.create(recipe, stem="x", name=name, root=tmp_path)
@@ -120,6 +124,14 @@ def test_points_that_do_not_compare_are_one_line(finished):
         break_even([dense], [finished("narrow", 750, 3.0, precision="bf16")])
     with pytest.raises(UserError, match="its loss is nan; leave it out"):
         break_even([dense], [finished("broken", 800, math.nan)])
+
+
+def test_a_run_among_those_of_the_other_side_is_one_line(finished):
+    dense, sparse = family(finished, 0.7)
+    with pytest.raises(UserError, match="s60-1000-7: has experts; name it among the other side's"):
+        break_even(sparse, [dense])
+    with pytest.raises(UserError, match="dense-1000-7: has no experts"):
+        break_even([dense], [*sparse, dense])
 
 
 def test_a_shorter_run_that_is_lower_already_leaves_a_bound():

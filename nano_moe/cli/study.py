@@ -16,8 +16,20 @@ if TYPE_CHECKING:
     from nano_moe.studies.catalogue import Found, Place
 
 
+ACTIONS = {
+    "run": "train what is left of it, write its results and the report",
+    "verify": "train one of its runs again and compare",
+    "collect": "write its results anew from finished runs",
+    "report": "write RESULTS.md, figures and the README's table anew from results",
+}
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("run", "verify", "collect", "report"))
+    parser.add_argument(
+        "action",
+        choices=ACTIONS,
+        help="; ".join(f"{name}: {does}" for name, does in ACTIONS.items()),
+    )
     parser.add_argument("study", metavar="STUDY", nargs="*", help="its name; omitted: every study")
     parser.add_argument(
         "--tier",

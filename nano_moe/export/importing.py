@@ -19,7 +19,7 @@ from nano_moe.export.configs import UNSEEN, fault_of, first_difference, model_of
 from nano_moe.export.families import FAMILIES, config_of
 from nano_moe.export.hugging_face import PROVENANCE, SCHEMA, creating_export, load, quiet
 from nano_moe.export.weights import state_of, traits_of
-from nano_moe.files import replacing, write_text
+from nano_moe.files import make_folder, replacing, write_text
 from nano_moe.model.gpt import GPT
 from nano_moe.runs import Run
 from nano_moe.text.store import Corpus
@@ -187,7 +187,7 @@ def import_run(
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder}: weights of another shape ({fault_of(error)})") from error
     manifest = _manifest(source, recipe, folder, corpus)
-    runs.ROOT.mkdir(parents=True, exist_ok=True)
+    make_folder(runs.ROOT)
     target = Run(runs.ROOT / name)
     with creating_export(target.path) as path:
         path.mkdir()

@@ -25,6 +25,7 @@ from nano_moe.bench.machine import n_cores
 from nano_moe.config import Recipe
 from nano_moe.device import check_memory, choose_device
 from nano_moe.errors import UserError
+from nano_moe.files import make_folder
 from nano_moe.studies.keys import run_key
 from nano_moe.studies.plan import Planned, train_flops
 from nano_moe.studies.worker import Job, work
@@ -247,7 +248,7 @@ def _fault(task: Task, status: int) -> str:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Raises UserError where another study runs in this folder: they would share runs."""
-    ROOT.mkdir(parents=True, exist_ok=True)
+    make_folder(ROOT)
     with open(ROOT / ".lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

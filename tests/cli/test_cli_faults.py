@@ -263,7 +263,7 @@ def test_places_that_cannot_be_written(shop):
     assert "data.cache" in shop.fault("prepare", "tiny.yaml", "data.cache=file/inside")
     Path("checkpoints").rename("kept")
     Path("checkpoints").write_text("")
-    assert "checkpoints" in shop.fault("train", "tiny.yaml")
+    assert "checkpoints: a file is where a folder should be" in shop.fault("train", "tiny.yaml")
 
 
 def on_a_full_disk(work, *, after: int) -> tuple[int, str]:
