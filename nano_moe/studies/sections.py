@@ -191,16 +191,26 @@ def _bold(text: str, yes: bool) -> str:
     return f"**{text}**" if yes else text
 
 
+SPEEDS = {"train_ms_per_token": "trained tokens/s", "decode_ms_per_token": "decoded tokens/s"}
+
+
 def _members(content: Mapping[str, Any]) -> str:
+    speeds = [name for name in SPEEDS if any(name in run for run in content["runs"])]
     rows = []
     for name, cost in content["members"].items():
         runs = [run for run in content["runs"] if run["member"] == name]
-        rows.append((name, *_costs(cost), *_outcomes(runs)))
+        rows.append((name, *_costs(cost), *_outcomes(runs), *(_speed(runs, s) for s in speeds)))
     header = (
         "member", "parameters", "active", "FFN active", "routers", "million tokens", "TFLOPs",
-        "CE", "bits per byte", "memory, GB", "seconds",
+        "CE", "bits per byte", "memory, GB", "seconds", *(SPEEDS[speed] for speed in speeds),
     )  # fmt: skip
     return table(header, rows)
+
+
+def _speed(runs: Sequence[Mapping[str, Any]], figure: str) -> str:
+    """Tokens per second, from the median of milliseconds per token."""
+    values = [run[figure] for run in runs if figure in run]
+    return f"{1e3 / statistics.median(values):,.0f}" if values else "–"
 
 
 def _costs(cost: Mapping[str, Any]) -> list[str]:
