@@ -942,6 +942,22 @@ def test_t19_unequal_members_are_refused(fields, equal):
         assert_fair({"recipe": "mixtral.yaml", "fields": fields}, DENSE_384, equal)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optim.warmup_steps", 200),  # another schedule
+        ("optim.weight_decay", 0.5),
+        ("trainer.precision", "bf16"),
+        ("model.init_std", 0.02),
+        ("data.bytes_per_domain", 100_000),  # other text
+    ],
+)
+def test_t19_members_that_differ_in_what_is_not_compared_are_refused(field, value):
+    with pytest.raises(AssertionError) as refused:
+        assert_fair({"recipe": "mixtral.yaml", "fields": {field: value}}, DENSE_384, "active")
+    assert f"differ in {field}; make it equal" in str(refused.value.__cause__)
+
+
 # T20: no padding is counted as load
 
 

@@ -38,9 +38,10 @@ def draw(content: Mapping[str, Any], kind: str) -> bytes:
             figure = Figure(figsize=(WIDTH * 0.6, 3.2), layout="constrained")
             panel(figure.subplots(), content)
         else:
-            size = (WIDTH, max(4.0, 1.2 + ROW * len(content["comparisons"])))
+            wide = kind == "balance"
+            size = (WIDTH * (1.4 if wide else 1), max(4.0, 1.2 + ROW * len(content["comparisons"])))
             figure = Figure(figsize=size, layout="constrained")
-            left, right = figure.subplots(1, 2)
+            left, right = figure.subplots(1, 2, width_ratios=(1, 2.2 if wide else 1))
             _gains(left, content["comparisons"])
             panel(right, content)
         figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
@@ -61,7 +62,7 @@ def _gains(axes: Axes, comparisons: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylim(-0.6, len(labels) - 0.4)
     axes.axvline(0, color="0.5", lw=1)
     axes.axvspan(-1, 1, color="0.9", lw=0)
-    axes.set_xlabel("gain, in smallest effects claimed (95 %)")
+    axes.set_xlabel("gain (95 %) over the smallest effect claimed;\ngrey: too small to claim")
 
 
 def _wrapped(text: str, width: int = 34) -> str:
@@ -106,11 +107,11 @@ def _curves(axes: Axes, content: Mapping[str, Any]) -> None:
             start = len(band["at"]) // part
             number = list(content["curves"]).index(member)
             _band(axis, number, member, [at / 1e6 for at in band["at"]][start:], band)
-    upper.set_ylabel("training CE")
+    upper.set_ylabel("training CE,\nnats per token")
     upper.tick_params(labelbottom=False)
-    lower.set_ylabel(f"lead over {next(iter(content['curves']))}")
+    lower.set_ylabel(f"lead over {next(iter(content['curves']))},\nnats per token")
     lower.axhline(0, color="0.5", lw=1)
-    lower.set_xlabel("million tokens (nats per token)")
+    lower.set_xlabel("million tokens")
     upper.set_xlim(lower.get_xlim())
     _legend(upper)
 
@@ -138,15 +139,42 @@ def _losses_over(
     _legend(axes)
 
 
+BALANCE = {
+    "max_vio": "MaxVio", "max_share": "largest\nshare", "load_entropy": "load\nentropy",
+    "dead_experts": "dead\nexperts",
+}  # fmt: skip
+
+
 def _balance(axes: Axes, content: Mapping[str, Any]) -> None:
-    """MaxVio of the layer that ends worst, over steps."""
-    for number, (member, figures) in enumerate(content["balance"].items()):
-        layers = figures["max_vio"]
-        layer = max(layers, key=lambda name: layers[name]["mean"][-1])
-        _band(axes, number, f"{member} (layer {layer})", layers[layer]["at"], layers[layer])
-    axes.set_xlabel("step")
-    axes.set_ylabel("MaxVio (busiest expert over mean, minus 1)")
-    _legend(axes)
+    """Every balance figure over steps, a row each, a column per layer."""
+    members = content["balance"]
+    layers = list(next(iter(members.values()))["max_vio"])
+    panels = _panels(axes, len(BALANCE), len(layers))
+    for row, (figure, name) in enumerate(BALANCE.items()):
+        for column, layer in enumerate(layers):
+            panel = panels[row][column]
+            for number, (member, figures) in enumerate(members.items()):
+                band = figures[figure][layer]
+                _band(panel, number, member, band["at"], band)
+            if row == 0:
+                panel.set_title(f"layer {layer}", fontsize=9)
+        panels[row][0].set_ylabel(name)
+    for panel in panels[-1]:
+        panel.set_xlabel("step")
+    figure_of = panels[0][0].get_figure()
+    assert figure_of is not None
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure_of.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+
+
+def _panels(axes: Axes, rows: int, columns: int) -> list[list[Axes]]:
+    """Small axes in place of one, scales shared along rows and columns."""
+    figure, place = axes.get_figure(), axes.get_subplotspec()
+    assert figure is not None and place is not None
+    axes.remove()
+    grid = place.subgridspec(rows, columns)
+    panels = grid.subplots(sharex=True, sharey="row", squeeze=False)
+    return [list(row) for row in panels]
 
 
 def _memory(axes: Axes, content: Mapping[str, Any]) -> None:

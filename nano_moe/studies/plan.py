@@ -7,16 +7,25 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nano_moe import recipe_file
 from nano_moe.accounting import count, params_by_kind, weight_groups
 from nano_moe.config import SEES_THE_FUTURE, Recipe
 from nano_moe.errors import UserError
+from nano_moe.runs import first_difference
 from nano_moe.studies.schema import Comparison, Equal, Member, Study, Value
 
 FLOPS_WITHIN = 0.003  # what the routers of a few experts cost
 TIME_WITHIN = 0.02
+# What members share unless a study is about it; None: every field.
+SURROUNDINGS: dict[str, set[str] | None] = {
+    "model": {"vocab_size", "context", "init_std"},
+    "data": None,
+    "optim": None,
+    "trainer": {"batch_size", "accumulate", "precision"},
+}
+ELSEWHERE = {"data.files", "data.cache", "optim.lr", "optim.expert_lr"}
 INIT_FROM = "model.moe.init_from"
 FFN_KINDS = ("ffn", "experts", "shared_experts")
 
@@ -93,6 +102,13 @@ def check_fair(path: Path, study: Study, planned: list[Planned]) -> None:
     recipes = {one.member: one.recipe for one in planned}
     compared = [*study.comparisons, *(pair for trend in study.trends for pair in trend.pairs)]
     for number, comparison in enumerate(compared):
+        one, other = (_surroundings(recipes[side], study) for side in _sides(comparison))
+        field = first_difference(one, other)
+        if field is not None:
+            raise UserError(
+                f"{path}: study.comparisons.{number}: {comparison.better} and {comparison.than} "
+                f"differ in {field}; make it equal, or name it under study.varies"
+            )
         outside = {side: outside_params(recipes[side]) for side in _sides(comparison)}
         if len(set(outside.values())) > 1:
             raise UserError(
@@ -108,6 +124,18 @@ def check_fair(path: Path, study: Study, planned: list[Planned]) -> None:
                     f"{better:,.0f} and {comparison.than} {than:,.0f}; make them equal, or do "
                     "not claim it"
                 )
+
+
+def _surroundings(recipe: Recipe, study: Study) -> dict[str, Any]:
+    """Text, batches, start, rates but for those tuned, and precision, less what is to vary."""
+    fields = recipe.model_dump(mode="json")
+    kept = {
+        f"{section}.{name}": value
+        for section, names in SURROUNDINGS.items()
+        for name, value in fields[section].items()
+        if (names is None or name in names) and f"{section}.{name}" not in ELSEWHERE
+    }
+    return {name: value for name, value in kept.items() if name not in study.varies}
 
 
 def _sides(comparison: Comparison) -> tuple[str, str]:

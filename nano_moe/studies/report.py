@@ -24,9 +24,18 @@ repository (`make reproduce`). A gain is positive, a factor (×) above 1, where 
 *Reproduced*: the 95 % interval of the gain excludes 0 and its mean is at least the smallest
 effect that the study's file names; *reversed*: the same on the other side; *not reproduced*: the
 interval lies within that effect on either side; else *undecided at this scale*. Intervals are
-Student's t over differences paired by seed. *Could have seen*: the smallest mean that this n and
-spread tell from zero. Losses are of the whole validation split. Seconds are of trainings of one
-thread, side by side; memory is what a process came to hold beyond what it held at its start.
+Student's t over differences paired by seed, each for itself: of many claims, one in twenty would
+seem to show something if none did. *Could have seen*: the smallest mean that this n and spread tell
+from zero. Losses are of the whole validation split, mean ± standard deviation over seeds. Seconds
+and memory are medians, seconds of trainings of one thread, side by side; memory is what a process
+came to hold beyond what it held at its start. bf16 is autocast over fp32 weights (see Precision).
+Studies share runs: a recipe is trained once per seed, whichever claims it bears on.
+"""
+
+
+VOCABULARY = """*Reversed*: the contrary holds; *undecided*: so few runs cannot tell; *could
+have seen*: the smallest gain that they would have told from zero. Caveats, such as that one
+optimizer was tried (Muon), stand with each study.
 """
 
 
@@ -97,7 +106,7 @@ def readme_block(reported: Sequence[Reported]) -> str:
     header = ("study", "claim", "verdict", "gain (95 %)", "could have seen", "other claims")
     first = judged[0].found
     return (
-        f"\n{table(header, [row for one in judged for row in _rows(one)])}\n"
+        f"\n{table(header, [row for one in judged for row in _rows(one)])}\n{VOCABULARY}\n"
         f"![{first.study.title}]({RESULTS}/{first.name}.png)\n\n"
     )
 

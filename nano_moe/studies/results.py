@@ -53,14 +53,14 @@ def collect(
         "runs": runs,
     }
     if study.grid is not None:
-        return {**content, "grid": _grid(study, runs)}
-    by_member = _by_member(runs)
+        return {**content, "grid": grid(study, runs)}
+    figures = by_member(runs)
     content["comparisons"] = [
-        *(compare(one, by_member, smoke) for one in study.comparisons),
-        *(trend(one, by_member, smoke) for one in study.trends),
+        *(compare(one, figures, smoke) for one in study.comparisons),
+        *(trend(one, figures, smoke) for one in study.trends),
     ]
     if study.recovered is not None:
-        content["recovered"] = recovered(study.recovered, by_member, content["members"])
+        content["recovered"] = recovered(study.recovered, figures, content["members"])
     content |= _curves(found)
     if study.figure == "balance":
         content["balance"] = _balance(found)
@@ -122,14 +122,15 @@ def as_now(stored: dict[str, Any]) -> dict[str, Any]:
         raise UserError("its recipe is none of this version; run the study again") from error
 
 
-def _by_member(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+def by_member(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """The figures of runs by member and seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
         found.setdefault(run["member"], {})[run["seed"]] = run
     return found
 
 
-def _grid(study: Study, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def grid(study: Study, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Every member's loss at each value, the best value, and whether it lies at an edge."""
     assert study.grid is not None
     values = study.grid.values

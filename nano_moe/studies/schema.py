@@ -181,6 +181,9 @@ class Study(Section):
         default={}, description="seconds a step over those of the first, for `equal: [time]`"
     )
     recovered: Recovered | None = Field(default=None, description="a share of a gain, and its cost")
+    varies: Listed[str] = Field(
+        default=(), description="fields of text, batches, rates or precision that it is about"
+    )
     figure: Literal[
         "curves", "flops", "balance", "memory", "grid", "trend", "price", "specialization", "leak"
     ] = Field(default="curves", description="what is drawn beside the comparisons")
@@ -259,7 +262,7 @@ class Study(Section):
     @property
     def rule(self) -> str:
         """The sha256 of all that decides runs and verdicts; not of the words around it."""
-        words = {"order", "title", "question", "caveats", "figure"}
+        words = {"order", "title", "question", "varies", "caveats", "figure"}
         decides = self.model_dump(mode="json", exclude=words, exclude_defaults=True)
         text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -11,6 +11,7 @@ from nano_moe.studies.catalogue import Found
 from nano_moe.studies.look_tables import look_tables
 from nano_moe.studies.schema import LOOKED
 from nano_moe.studies.tables import table
+from nano_moe.studies.time_tables import time_tables
 
 UNDECIDED = "undecided at this scale"
 UNITS = {
@@ -54,7 +55,7 @@ def section(
         parts.append(look_tables(content))
     parts.append(_members(content))
     if "step_times" in content:
-        parts.append(_step_times(content["step_times"]))
+        parts.append(time_tables(content))
     if study.caveats:
         parts.append("Caveats:\n\n" + "".join(f"- {one}\n" for one in study.caveats))
     parts.append(_provenance(found, content))
@@ -71,9 +72,13 @@ def answer(content: Mapping[str, Any], again: Mapping[str, Any] | None = None) -
         return f"The best {grid['field']} is {', '.join(best)}. {found}"
     headline = content["comparisons"][0]
     first, *verdicts = final_verdicts(content, again)
-    told = f"{first.capitalize()}: {headline['says']}; gain {gain(headline)}."
+    told = f"{first.capitalize()}{_contrary(first)}: {headline['says']}; gain {gain(headline)}"
     others = zip(content["comparisons"][1:], verdicts, strict=True)
-    return " ".join([told, *_share(content), *_other_verdicts(others)])
+    return " ".join(["; ".join([told, *_share(content)]) + ".", *_other_verdicts(others)])
+
+
+def _contrary(verdict: str) -> str:
+    return " (the contrary holds)" if verdict == "reversed" else ""
 
 
 def final_verdicts(content: Mapping[str, Any], again: Mapping[str, Any] | None) -> list[str]:
@@ -108,12 +113,12 @@ def _share(content: Mapping[str, Any]) -> Iterator[str]:
         return
     had = content["recovered"]
     if had is None:
-        yield "The large dense model's own gain is not told from zero, so there is no share of it."
+        yield "the large dense model's own gain is not told from zero, so there is no share of it"
         return
     bounds = "" if had["low"] is None else f" ({had['low']:.0%} to {had['high']:.0%})"
     yield (
-        f"`{had['part']}` has {had['mean']:.0%} of what `{had['whole']}` gains on "
-        f"`{had['base']}`{bounds}, at {had['flops_share']:.0%} of its FLOPs."
+        f"that is {had['mean']:.0%}{bounds} of the {had['of']:.3f} that `{had['whole']}` gains on "
+        f"`{had['base']}`, at {had['flops_share']:.0%} of its FLOPs"
     )
 
 
@@ -123,7 +128,7 @@ def _other_verdicts(others: Iterable[tuple[Mapping[str, Any], str]]) -> Iterator
     for one, verdict in others:
         by_verdict.setdefault(verdict, []).append(one["says"])
     if by_verdict:
-        told = [f"*{verdict}*: {', '.join(says)}" for verdict, says in by_verdict.items()]
+        told = [f"*{v}*{_contrary(v)}: {', '.join(says)}" for v, says in by_verdict.items()]
         yield f"Its other claims: {'; '.join(told)}."
 
 
@@ -258,36 +263,18 @@ def _first_over(layers: Mapping[str, Any]) -> str:
     return "never" if not found else "{} (layer {})".format(*min(found))
 
 
-def _step_times(times: Mapping[str, Any]) -> str:
-    rows = [
-        (
-            name,
-            "–" if one["rule"] is None else f"{one['rule']:g}",
-            "{1:.2f} ({0:.2f} to {2:.2f})".format(*one["measured"]),
-        )
-        for name, one in times.items()
-    ]
-    return (
-        "A training step's time over the first member's, as the rule takes it, and measured after "
-        "the runs (interleaved, all cores, quartiles):\n\n"
-        + table(("member", "rule", "measured"), rows)
-        + "".join(f"\n{fault}\n" for fault in _too_kind(times))
-    )
-
-
-def _too_kind(times: Mapping[str, Any]) -> Iterator[str]:
-    for name, one in times.items():
-        if one["rule"] is not None and one["measured"][0] > one["rule"]:
-            yield f"`{name}` takes longer here than its rule says: its verdict in time is too kind."
-
-
 def _provenance(found: Found, content: Mapping[str, Any]) -> str:
-    machine, seeds = content["machine"], sorted({run["seed"] for run in content["runs"]})
-    commit = content["rule_commit"]
+    runs, commit = content["runs"], content["rule_commit"]
+    seeds, machines, torches = (
+        ", ".join(map(str, sorted({run[what] for run in runs})))
+        for what in ("seed", "machine", "torch")
+    )
+    recipes = (member["recipe"]["trainer"] for member in content["members"].values())
+    precisions = " and ".join(sorted({trainer["precision"] for trainer in recipes}))
     rule = f"committed as {commit[:12]}" if commit else "not committed before the runs"
     return (
-        f"Seeds {', '.join(map(str, seeds))}; {machine['cpu']}, {machine['cores']} cores, torch "
-        f"{content['versions']['torch']}; rule `{content['rule'][:12]}`, {rule}. Raw figures: "
+        f"Seeds {seeds}; {precisions}; {machines}, torch {torches}; rule "
+        f"`{content['rule'][:12]}`, {rule}. Raw figures: "
         f"[{found.name}.json]({found.name}.json); `make verify STUDY={found.name}` trains one run "
         "again.\n"
     )

@@ -46,6 +46,27 @@ def interval(differences: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
+def ratio_interval(over: Sequence[float], under: Sequence[float]) -> Interval:
+    """The ratio of two means of paired differences: of sums, and not the mean of ratios.
+
+    Its bounds are the ratios r at which the interval of `over - r * under` ends at zero (Fieller
+    1954). Raises ValueError where the interval of `under` holds zero: there is no bound then.
+    """
+    below = interval(under)
+    if below.low <= 0 <= below.high:
+        raise ValueError("under: not told from zero, so no ratio to it has bounds")
+    ratio = statistics.fmean(over) / below.mean
+    if below.n == 1:
+        return Interval(ratio, -math.inf, math.inf, 1)
+    factor = float(stats.t.ppf((1 + LEVEL) / 2, below.n - 1)) ** 2 / below.n
+    # The r at which (mean over - r * mean under)^2 = factor * variance of over - r * under.
+    square = below.mean**2 - factor * statistics.variance(under)
+    linear = statistics.fmean(over) * below.mean - factor * statistics.covariance(over, under)
+    rest = statistics.fmean(over) ** 2 - factor * statistics.variance(over)
+    half = math.sqrt(max(linear**2 - square * rest, 0.0))
+    return Interval(ratio, (linear - half) / square, (linear + half) / square, below.n)
+
+
 def verdict(gain: Interval, smallest_effect: float) -> Verdict:
     """What a gain, positive on the claimed side, says about a claim of `smallest_effect` or more.
 

@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from nano_moe.studies.schema import Comparison, Recovered, Trend
-from nano_moe.studies.statistics import Interval, interval, verdict
+from nano_moe.studies.statistics import Interval, interval, ratio_interval, verdict
 
 WITHHELD = "withheld: a smoke test"
 
@@ -92,19 +92,21 @@ def recovered(
     by_member: dict[str, dict[int, dict[str, Any]]],
     members: dict[str, dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """The share of a gain in loss that the part has of the whole, and its share of the FLOPs.
+    """What share the part's mean gain is of the whole's, and its share of the FLOPs.
 
     None where the whole's own gain is not told from zero.
     """
     sides = (by_member[name] for name in (names.base, names.part, names.whole))
     base, part, whole = ({seed: run["ce"] for seed, run in side.items()} for side in sides)
-    if interval([base[seed] - whole[seed] for seed in base]).low <= 0:
+    over, under = ([base[seed] - side[seed] for seed in base] for side in (part, whole))
+    if interval(under).low <= 0:
         return None
-    shares = {seed: (base[seed] - part[seed]) / (base[seed] - whole[seed]) for seed in base}
+    share = as_json(ratio_interval(over, under))
     flops = {name: members[name]["train_flops"] for name in (names.part, names.whole)}
     return {
         **names.model_dump(),
-        "shares": {str(seed): share for seed, share in shares.items()},
-        **as_json(interval(list(shares.values()))),
+        "gain": statistics.fmean(over),
+        "of": statistics.fmean(under),
+        **{name: share[name] for name in ("mean", "low", "high", "n")},
         "flops_share": flops[names.part] / flops[names.whole],
     }

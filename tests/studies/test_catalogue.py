@@ -47,11 +47,37 @@ def test_a_member_must_take_the_best_rate_of_its_class(shelf, tmp_path):
     with pytest.raises(UserError, match="no results yet; run: make reproduce STUDY=learning-rates"):
         catalogue.check_tuned(found, planned)
     grid = catalogue.find("learning-rates", tmp_path)
-    results_of(grid, grid={"members": {"top-2": {"best": 0.005}}})
-    catalogue.check_tuned(found, planned)
-    results_of(grid, grid={"members": {"top-2": {"best": 0.01}}})
+    for lost, best in ((0.5, 0.005), (0.01, 0.01)):  # the best, or as near as rounding may move it
+        results_of(grid, grid=grid_where(lost, best))
+        catalogue.check_tuned(found, planned)
+    results_of(grid, grid=grid_where(0.03, 0.01))
     with pytest.raises(UserError, match="optim.lr is 0.005, and 0.01 is best for top-2"):
         catalogue.check_tuned(found, planned)
+
+
+def grid_where(lost, best):
+    """Rates of 0.005 and 0.01, `lost` apart in favour of the best."""
+    ce = {f"{rate:g}": 4.0 + (0 if rate == best else lost) for rate in (0.005, 0.01)}
+    return {"members": {"top-2": {"best": best, "ce": ce}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "difference", "holds"),
+    [
+        ({}, 0.0, True),
+        ({}, 1e-6, False),  # the same machine and sources: to the bit
+        ({"key": "other"}, 1e-6, True),
+        ({"key": "other"}, 0.03, False),  # more than the smallest effect claimed
+        ({"versions": {"torch": "9"}}, 1e-6, True),
+    ],
+)
+def test_a_run_again_is_equal_to_the_bit_unless_sources_or_machine_differ(
+    shelf, change, difference, holds
+):
+    before = {"key": "k", "ce": 4.0, "machine": "cpu", "torch": "2"}
+    after = {"key": "k", "machine": {"cpu": "cpu"}, "versions": {"torch": "2"}, **change}
+    outcome = catalogue.compared(shelf(), before, {**after, "ce": 4.0 + difference})
+    assert outcome["holds"] is holds and outcome["exact"] is (difference == 0)
 
 
 def test_results_of_another_rule_are_neither_reported_nor_verified(shelf, tmp_path):

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from nano_moe.studies import report, sections
+from nano_moe.studies.time_tables import time_tables
 
 PLAIN = {
     "says": "sparse ends below dense", "verdict": "reproduced", "figure": "ce", "relative": False,
@@ -30,13 +31,51 @@ def test_an_answer_is_the_headline_and_the_rest():
     others = [{**PLAIN, "says": says, "verdict": verdict} for says, verdict in told]
     assert sections.answer({"comparisons": [PLAIN, *others]}) == (
         "Reproduced: sparse ends below dense; gain 0.088 nats per token (0.080 to 0.095, n = 5). "
-        "Its other claims: *reversed*: a, c; *reproduced*: b."
+        "Its other claims: *reversed* (the contrary holds): a, c; *reproduced*: b."
     )
     had = {"part": "sparse", "whole": "large", "base": "dense", "mean": 0.6, "low": 0.5,
-           "high": 0.7, "flops_share": 0.4}  # fmt: skip
+           "high": 0.7, "of": 0.1, "flops_share": 0.4}  # fmt: skip
     assert sections.answer({"comparisons": [PLAIN], "recovered": had}).endswith(
-        "`sparse` has 60% of what `large` gains on `dense` (50% to 70%), at 40% of its FLOPs."
+        "n = 5); that is 60% (50% to 70%) of the 0.100 that `large` gains on `dense`, at 40% of "
+        "its FLOPs."
     )
+
+
+def test_a_verdict_at_equal_time_is_told_at_the_measured_ratios(time_content):
+    """Halfway in log steps is halfway in loss; a ratio outside of the quartiles is remarked."""
+    told = time_tables(time_content)
+    assert "2.00: 250 steps, -0.050; 2.83: 177 steps, -0.100; 4.00: 125 steps, -0.150" in told
+    assert "too" not in told
+    time_content["step_times"]["short"]["rule"] = 5.0
+    assert (
+        "takes less long here than its rule says: its verdict in time is too hard"
+        in time_tables(time_content)
+    )
+    time_content["step_times"]["short"]["rule"] = 1.5
+    assert "its verdict in time is too kind" in time_tables(time_content)
+
+
+@pytest.fixture
+def time_content():
+    """A dense run of 500 steps at 4.0, sparse ones of 125 steps at 4.15 and of 500 at 3.95."""
+    ends = {"dense": (500, 4.0), "short": (125, 4.15), "long": (500, 3.95)}
+    kinds = {"dense": "dense", "short": "sparse", "long": "sparse"}
+    return {
+        "comparisons": [{"better": "short", "than": "dense", "equal": ["time"], "figure": "ce"}],
+        "members": {
+            name: {"recipe": {"model": kinds[name], "trainer": {"steps": steps}}}
+            for name, (steps, _) in ends.items()
+        },
+        "runs": [
+            {"member": name, "seed": seed, "ce": ce + seed / 10}
+            for name, (_, ce) in ends.items()
+            for seed in (1, 2)
+        ],
+        "step_times": {
+            "dense": {"rule": 1, "measured": [1, 1, 1]},
+            "short": {"rule": 3, "measured": [2, 8**0.5, 4]},
+        },
+    }
 
 
 def test_a_verdict_that_a_second_draw_does_not_confirm_is_undecided():

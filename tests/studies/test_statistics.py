@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nano_moe.studies.statistics import Interval, interval, verdict
+from nano_moe.studies.statistics import Interval, interval, ratio_interval, verdict
 
 # Two-sided 95 %, from printed tables: degrees of freedom -> t.
 T_TABLE = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 30: 2.042}
@@ -32,6 +32,27 @@ def test_one_in_twenty_intervals_misses_the_truth_at_three_seeds():
     found = [interval([draw.gauss(0.3, 1) for _ in range(3)]) for _ in range(4000)]
     missed = sum(not one.low <= 0.3 <= one.high for one in found) / len(found)
     assert 0.04 < missed < 0.06
+
+
+def test_bounds_of_a_ratio_are_where_the_difference_is_just_told_from_zero():
+    over, under = [0.10, 0.11, 0.09, 0.12], [0.026, 0.015, 0.043, 0.03]
+    found = ratio_interval(over, under)
+    assert found.mean == pytest.approx(sum(over) / sum(under))
+    for ratio, side in ((found.low, "low"), (found.high, "high")):
+        rest = interval([a - ratio * b for a, b in zip(over, under, strict=True)])
+        assert getattr(rest, side) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="not told from zero"):
+        ratio_interval(over, [-0.02, 0.02, 0.03, -0.01])
+
+
+def test_one_in_twenty_intervals_of_a_ratio_misses_the_truth():
+    draw = random.Random(0)
+    missed = 0
+    for _ in range(4000):
+        under = [draw.gauss(1.0, 0.2) for _ in range(5)]
+        found = ratio_interval([3 * u + draw.gauss(0, 0.3) for u in under], under)
+        missed += not found.low <= 3 <= found.high
+    assert 0.04 < missed / 4000 < 0.06
 
 
 def test_one_seed_decides_nothing():
