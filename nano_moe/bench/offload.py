@@ -73,11 +73,18 @@ def offload(quick: bool, run: str | None = None) -> Report:
         untrained = _untrained(Path(folder), quick)
         texts = [drawn_text(untrained.recipe()), *(_validation_text(one) for one in trained)]
         for one, text in zip((untrained, *trained), texts, strict=True):
-            split_weights(one)
             rows += [_row(one, text, budget=None)]
-            rows += [_row(one, text, budget=f"{share}%") for share in SHARES]
+            rows += [_row(one, text, budget=f"{share}%") for share in shares_of(one)]
             rows += [_row(one, text, budget="50%", **changes) for changes in VARIANTS]
     return Report("experts on disk", rows, NOTES)
+
+
+def shares_of(run: Run) -> list[float]:
+    """The SHARES that hold one token's experts; makes the files that all of them read."""
+    file, _, _ = split_weights(run)
+    moe = run.recipe().model.moe
+    assert moe is not None
+    return [share for share in SHARES if share / 100 * len(file.keys) >= moe.top_k]
 
 
 def _untrained(folder: Path, quick: bool) -> Run:

@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from nano_moe.bench.offload import PROMPT, Case, _untrained, drawn_text, measure
+from nano_moe import runs
+from nano_moe.bench.offload import (
+    PROMPT,
+    SHARES,
+    Case,
+    _untrained,
+    draw_weights,
+    drawn_text,
+    measure,
+    shares_of,
+)
 
 EVERYTHING = 4 * 8 * 3 * 16 * 32 * 4  # layers, experts, matrices, D, F, bytes
 
@@ -25,6 +35,14 @@ def test_without_a_budget_there_is_no_file(tmp_path):
     found = measure(Case(str(run.path), drawn_text(run.recipe()), budget=None))
     assert found["hits"] == 1 and found["experts, GB"] == pytest.approx(EVERYTHING / 1e9)
     assert not list(run.path.glob("*.safetensors"))
+
+
+def test_shares_that_hold_no_tokens_experts_are_left_out(tmp_path, moe_config, recipe_of):
+    assert shares_of(_untrained(Path(tmp_path), quick=True)) == list(SHARES)
+    recipe = recipe_of(moe_config(n_layers=1))  # 2 of 4 experts, and no more
+    run = runs.create(recipe, stem="run", name="small", root=tmp_path)
+    draw_weights(run)
+    assert shares_of(run) == [50, 75, 100]
 
 
 def test_the_text_is_of_many_tokens_and_of_its_seed(tmp_path):
