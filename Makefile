@@ -42,8 +42,8 @@ train: $(STAMP) ## train RECIPE into checkpoints/ (NAME=… to name the run)
 resume: $(STAMP) ## go on with a stopped RUN, exactly where it was
 	$(call needs,RUN)@$(NANO) resume $(call quote,$(RUN))
 
-eval: $(STAMP) ## score RUN on the whole validation split
-	$(call needs,RUN)@$(NANO) eval $(call quote,$(RUN))
+eval: $(STAMP) ## score RUN on the whole validation split (ARGS=--quant-experts: in int8 and int4, too)
+	$(call needs,RUN)@$(NANO) eval $(call quote,$(RUN)) $(call given,ARGS)
 
 sample: $(STAMP) ## continue PROMPT with RUN
 	$(call needs,RUN)@$(NANO) sample $(call quote,$(RUN)) --prompt $(call quote,$(PROMPT)) $(call given,ARGS)

@@ -1,8 +1,8 @@
 """Decoding with experts on disk: memory, hits and speed by the budget that stays in memory.
 
-Of untrained weights, most of 1.7 GB in experts, and of a trained run where one is named: routers
-that learned call the same experts again, untrained ones hardly do. Each budget is a process of its
-own, so that its memory is its own.
+Of untrained weights, most of 1.8 GB in experts, and of a trained run where one is named, whose
+router's habits decide the hits. Each budget is a process of its own, so that its memory is its own.
+What is decoded is given: greedy, untrained weights repeat one token for ever, and so its experts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ from typing import Any
 import torch
 
 from nano_moe import recipe_file, runs
-from nano_moe.bench.recipes import FOLDER, QUICK
+from nano_moe.bench.recipes import FOLDER, QUICK, RandomTokens, prepared
 from nano_moe.bench.report import Report, Row
+from nano_moe.config import Recipe
 from nano_moe.errors import UserError
+from nano_moe.evaluation import spread_windows
 from nano_moe.inference.decoding import Decoding
 from nano_moe.inference.expert_file import EXPERTS, split_weights
-from nano_moe.inference.offload import Counts, Policy, load_offloaded
-from nano_moe.memory import memory_of
+from nano_moe.inference.offload import Counts, ExpertStore, Policy, load_offloaded
+from nano_moe.memory import memory_of, return_freed_memory
 from nano_moe.model.gpt import GPT, init_weights
-from nano_moe.runs import SCHEMA, Run
+from nano_moe.runs import SCHEMA, Run, load_model
 
 LARGE = (
     "model.n_layers=8", "model.d_model=1024", "model.n_heads=16", "model.d_ff=2048",
@@ -45,18 +48,18 @@ NOTES = (
     "anonymous, from files: growth of resident memory by the model and decoding; the system's own "
     "cache of the file is not in it.",
     "cold: before every token the system's cache of the file is emptied; warm: the file is read "
-    "once before. Greedy, one prompt.",
+    "once before. No budget: all experts in the decoder itself, and no file.",
     "hits: calls for an expert that found it in memory, or on its way there.",
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One budget of one run."""
+    """One budget of one run (None: all experts in the decoder itself), and the tokens it reads."""
 
     folder: str
-    tokens: int
-    budget: str
+    text: Sequence[int]  # the first PROMPT of them at once
+    budget: str | None
     policy: Policy = "lru"
     prefetch: bool = True
     cold: bool = False
@@ -67,32 +70,65 @@ def offload(quick: bool, run: str | None = None) -> Report:
     trained = [] if run is None else [runs.find(run)]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="nano-moe-offload-") as folder:
-        for one in (_untrained(Path(folder), quick), *trained):
-            split_weights(one)
-            rows += [_row(one, quick, budget=f"{share}%") for share in SHARES]
-            rows += [_row(one, quick, budget="50%", **changes) for changes in VARIANTS]
+        untrained = _untrained(Path(folder), quick)
+        texts = [drawn_text(untrained.recipe()), *(_validation_text(one) for one in trained)]
+        for one, text in zip((untrained, *trained), texts, strict=True):
+            rows += [_row(one, text, budget=None)]
+            rows += [_row(one, text, budget=f"{share}%") for share in shares_of(one)]
+            rows += [_row(one, text, budget="50%", **changes) for changes in VARIANTS]
     return Report("experts on disk", rows, NOTES)
+
+
+def shares_of(run: Run) -> list[float]:
+    """The SHARES that hold one token's experts; makes the files that all of them read."""
+    file, _, _ = split_weights(run)
+    moe = run.recipe().model.moe
+    assert moe is not None
+    return [share for share in SHARES if share / 100 * len(file.keys) >= moe.top_k]
 
 
 def _untrained(folder: Path, quick: bool) -> Run:
     recipe = recipe_file.load(FOLDER / "mixtral.yaml", SMALL if quick else LARGE)
     run = runs.create(recipe, stem="untrained", root=folder)
+    draw_weights(run)
+    return run
+
+
+def draw_weights(run: Run) -> None:
+    """Write a checkpoint of the run's recipe with weights as drawn from its seed."""
+    recipe = run.recipe()
     model = init_weights(GPT(recipe.model), recipe.seed)
     state = {f"model.{name}": weight for name, weight in model.state_dict().items()}
     checkpoint = {"nano_moe": {"schema": SCHEMA}, "state_dict": state, "global_step": 0}
     torch.save(checkpoint, run.best)
-    return run
 
 
-def _row(run: Run, quick: bool, **changes: Any) -> Row:
+def drawn_text(recipe: Recipe) -> list[int]:
+    """As many drawn tokens as a case reads, other ones for another seed."""
+    return RandomTokens(recipe)(recipe.seed)[0].tolist()[: _length(recipe)]
+
+
+def _validation_text(run: Run) -> list[int]:
+    recipe = run.recipe()
+    corpus = prepared(recipe)
+    runs.check_corpus(run, corpus)
+    return spread_windows(corpus, recipe.model.context, 1)[0][0].tolist()[: _length(recipe)]
+
+
+def _length(recipe: Recipe) -> int:
+    return min(PROMPT + TOKENS, recipe.model.context)
+
+
+def _row(run: Run, text: Sequence[int], **changes: Any) -> Row:
     """A budget, with a warm and with a cold cache of the file."""
-    case = Case(str(run.path), tokens=8 if quick else TOKENS, **changes)
-    warm, cold = (_apart(dataclasses.replace(case, cold=cold)) for cold in (False, True))
+    case = Case(str(run.path), text, **changes)
+    warm = _apart(case)
+    cold = _apart(dataclasses.replace(case, cold=True)) if case.budget else warm
     ahead = ", read ahead" if case.prefetch else ""
     return {
         "run": run.name,
-        "budget": case.budget,
-        "policy": f"{case.policy}{ahead}",
+        "budget": case.budget or "none",
+        "policy": f"{case.policy}{ahead}" if case.budget else None,
         **{name: value for name, value in warm.items() if name != "tokens/s"},
         "tokens/s, warm": warm["tokens/s"],
         "tokens/s, cold": cold["tokens/s"],
@@ -109,36 +145,54 @@ def _apart(case: Case) -> Row:
 
 
 def measure(case: Case) -> Row:
-    """Greedy decoding of one prompt in this process."""
+    """Reading the text token by token in this process."""
     torch.set_num_threads(case.threads)
+    return_freed_memory()
     before = {field: memory_of(field) for field in ("RssAnon", "RssFile")}
+    model, store = _load(case)
+    file = Path(case.folder) / EXPERTS
+    if store and not case.cold:
+        file.read_bytes()
+    decoding = Decoding(model, [case.text[:PROMPT]])
+    decoding.next_logits()
+    begun, seconds = _counts(store), 0.0
+    for token in case.text[PROMPT:]:
+        decoding.append([token], [True])
+        if store and case.cold:
+            _empty_cache(file)
+        start = time.perf_counter()
+        decoding.next_logits()
+        seconds += time.perf_counter() - start
+    since = Counts(*(now - then for now, then in zip(_counts(store), begun, strict=True)))
+    return {
+        "experts, GB": _expert_bytes(model, store) / 1e9,
+        "anonymous, GB": (memory_of("RssAnon") - before["RssAnon"]) / 1e9,
+        "from files, GB": (memory_of("RssFile") - before["RssFile"]) / 1e9,
+        "hits": since.hit_rate if store else 1.0,
+        "guesses right": since.guessed_right / since.guessed if since.guessed else None,
+        "tokens/s": len(case.text[PROMPT:]) / seconds,
+    }
+
+
+def _load(case: Case) -> tuple[GPT, ExpertStore | None]:
     run = Run(Path(case.folder))
+    if case.budget is None:
+        return load_model(run)[1], None
     _, model, _, store = load_offloaded(
         run, case.budget, policy=case.policy, prefetch=case.prefetch
     )
-    file = run.path / EXPERTS
-    if not case.cold:
-        file.read_bytes()
-    decoding = Decoding(model, [range(1, PROMPT + 1)])
-    decoding.append([int(decoding.next_logits().argmax())], [True])
-    begun = store.counts
-    seconds = 0.0
-    for _ in range(case.tokens):
-        if case.cold:
-            _empty_cache(file)
-        start = time.perf_counter()
-        token = int(decoding.next_logits().argmax())
-        seconds += time.perf_counter() - start
-        decoding.append([token], [True])
-    since = Counts(*(now - before for now, before in zip(store.counts, begun, strict=True)))
-    return {
-        "experts, GB": store.first.nbytes / 1e9 + store.down.nbytes / 1e9,
-        "anonymous, GB": (memory_of("RssAnon") - before["RssAnon"]) / 1e9,
-        "from files, GB": (memory_of("RssFile") - before["RssFile"]) / 1e9,
-        "hits": since.hit_rate,
-        "guesses right": since.guessed_right / since.guessed if since.guessed else None,
-        "tokens/s": case.tokens / seconds,
-    }
+    return model, store
+
+
+def _counts(store: ExpertStore | None) -> Counts:
+    return store.counts if store else Counts(0, 0, 0, 0)
+
+
+def _expert_bytes(model: GPT, store: ExpertStore | None) -> int:
+    """Of the experts that are in memory at most."""
+    if store:
+        return store.first.nbytes + store.down.nbytes
+    return sum(w.nbytes for name, w in model.named_parameters() if ".experts." in name)
 
 
 def _empty_cache(path: Path) -> None:

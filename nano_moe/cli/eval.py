@@ -1,4 +1,4 @@
-"""`eval RUN`: figures and routing over the whole validation split, or tasks made of it."""
+"""`eval RUN`: figures and routing over the whole validation split, with small experts, or tasks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from nano_moe import runs
 from nano_moe.cli.arguments import add_json, add_run
-from nano_moe.cli.output import figure, print_json, print_table
+from nano_moe.cli.extras import need
+from nano_moe.cli.output import figure, print_json, print_table, size
 from nano_moe.errors import UserError
 
 if TYPE_CHECKING:
     from nano_moe.evaluation import Evaluation
+    from nano_moe.export.quantized import Stored
     from nano_moe.text.store import Corpus
 
 
@@ -32,6 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="with --tasks: draws them (0)")
     parser.add_argument("--out", help="with --tasks: a new folder for lm-evaluation-harness")
+    parser.add_argument(
+        "--quant-experts",
+        action="store_true",
+        help="instead: what experts in int8 and int4 cost in loss by domain, and save in bytes",
+    )
     add_json(parser)
 
 
@@ -44,6 +51,11 @@ def run(args: argparse.Namespace) -> None:
 
     stored = found.recipe()
     stored.model.check_causal()
+    if args.quant_experts:
+        need("export", "gguf")
+        from nano_moe.export.gguf_file import check_experts
+
+        check_experts(stored.model)
     device = choose_device(stored)
     recipe, model, step = runs.load_model(found, device=device.type)
     corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context)
@@ -52,6 +64,9 @@ def run(args: argparse.Namespace) -> None:
     batch_size = recipe.trainer.batch_size
     if args.tasks is not None:
         _score_tasks(args, model, corpus, batch_size)
+        return
+    if args.quant_experts:
+        _score_quantized(args, model, corpus, batch_size)
         return
     scored = evaluate(model, corpus, batch_size=batch_size, precision=choose_precision(recipe))
     if args.json:
@@ -65,6 +80,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--out: only with --tasks, whose items it takes")
     if args.tasks is not None and args.tasks < 1:
         raise UserError(f"--tasks {args.tasks}: ask for at least 1")
+    if args.tasks is not None and args.quant_experts:
+        raise UserError("--quant-experts: scores the whole validation split; drop --tasks")
 
 
 def _score_tasks(args: argparse.Namespace, model: Any, corpus: Corpus, batch_size: int) -> None:
@@ -90,6 +107,45 @@ def _score_tasks(args: argparse.Namespace, model: Any, corpus: Corpus, batch_siz
             value = figure(scored["cloze"][name], digits)
             rows.append((f"cloze: {name}", value, f"{scored['cloze']['n']:,}"))
     print_table(f"tasks of the validation text (seed {args.seed})", ("", "value", "items"), rows)
+
+
+def _score_quantized(args: argparse.Namespace, model: Any, corpus: Corpus, batch_size: int) -> None:
+    """In fp32 whatever the run trained in, so that nothing but the experts differs."""
+    from nano_moe.evaluation import evaluate
+    from nano_moe.export.quantized import WIDTHS, stored_bytes, with_quantized_experts
+
+    scored, stored = {}, {}
+    for quant in ("fp32", *WIDTHS):
+        print(f"experts in {quant} …", file=sys.stderr)
+        rounded = model if quant == "fp32" else with_quantized_experts(model, quant)
+        scored[quant] = evaluate(rounded, corpus, batch_size=batch_size, precision="fp32")
+        stored[quant] = stored_bytes(model, quant)
+    if args.json:
+        weighs = {q: {"stored_bytes": one._asdict()} for q, one in stored.items()}
+        print_json({q: {**one.as_json(), **weighs[q]} for q, one in scored.items()})
+        return
+    _print_quantized(scored, stored, [f"{WIDTHS[q]} ({q})" for q in WIDTHS])
+
+
+def _print_quantized(
+    scored: dict[str, Evaluation], stored: dict[str, Stored], names: list[str]
+) -> None:
+    """By domain, CE in fp32 and in each smaller width with what that adds; and bytes."""
+    ces = [
+        {**{domain: score.ce for domain, score in one.domains.items()}, "all": one.overall.ce}
+        for one in scored.values()
+    ]
+    rows = []
+    for domain, before in ces[0].items():
+        added = [(figure(ce[domain]), f"{ce[domain] - before:+.4f}") for ce in ces[1:]]
+        rows.append((domain, figure(before), *(cell for pair in added for cell in pair)))
+    heads = [head for name in names for head in (name, "change")]
+    print_table("validation CE (nats) by the width of experts", ("domain", "fp32", *heads), rows)
+    sizes = [
+        ("experts", *(size(one.experts) for one in stored.values())),
+        ("all weights", *(size(one.all) for one in stored.values())),
+    ]
+    print_table("stored", ("", "fp32", *names), sizes)
 
 
 def _print(scored: Evaluation) -> None:

@@ -11,7 +11,7 @@ from nano_moe.cli.extras import need
 from nano_moe.cli.output import print_json
 from nano_moe.errors import UserError
 
-QUANTS = ("f32", "f16", "q8_0", "q4_0")
+QUANTS = ("f32", "f16", "q8_0", "q4_0", "experts-q8_0", "experts-q4_0")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -69,7 +69,11 @@ QUANTS = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "experts-q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "experts-q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
+EXPERTS_ALONE = "experts-"  # begins kinds that leave all else in f32
+EXPERTS = ("_exps.", "_shexp.")  # in the names of experts' tensors
 NEVER = f"{END} {END}"  # no text begins with such pieces; llama.cpp wants a merge, if only this one
 BLOCK = 32  # numbers that q8_0 and q4_0 store together; rows are whole blocks
 
@@ -93,6 +97,8 @@ def export(run: Run, target: Path, quant: str) -> Result:
     """Write a run's best weights as a new file, which is whole or absent; raises UserError."""
     recipe = run.recipe()
     arch = architecture_of(recipe.model)
+    if quant.startswith(EXPERTS_ALONE):
+        check_experts(recipe.model)
     with creating_export(target) as path:
         _, model, step = runs.load_model(run)
         tokenizer = Tokenizer.load(run.tokenizer_file)
@@ -103,6 +109,19 @@ def export(run: Run, target: Path, quant: str) -> Result:
         kept = write(path, arch, config, tensors, tokenizer, name=run.name, quant=quant)
         size = path.stat().st_size
     return Result(target, arch, step, size, _notes(arch, recipe, kept))
+
+
+def check_experts(config: ModelConfig) -> None:
+    """Raises UserError where there are no experts, or their rows are no whole blocks."""
+    if config.moe is None:
+        raise UserError("model.moe=null: a dense run has no experts to quantize; give a sparse one")
+    widths = {"d_model": config.d_model, "moe.d_expert": config.expert_width}
+    for name, width in widths.items():
+        if width % BLOCK:
+            raise UserError(
+                f"model.{name}={width}: experts are quantized in blocks of {BLOCK} numbers of a "
+                f"row, and {width} is no multiple of it; train with one that is"
+            )
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
@@ -222,7 +241,7 @@ def write(
         _describe(writer, arch, config)
         _add_vocabulary(writer, tokenizer, config.vocab_size)
         for tensor_name, tensor in tensors.items():
-            stored = storage(tensor_name, tuple(tensor.shape), kind)
+            stored = storage(tensor_name, tuple(tensor.shape), quant)
             if stored != kind and stored == GGMLQuantizationType.F16:
                 kept.append(tensor_name)
             rows = np.ascontiguousarray(tensor.numpy(), np.float32)
@@ -235,13 +254,16 @@ def write(
     return kept
 
 
-def storage(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
+def storage(name: str, shape: tuple[int, ...], quant: str) -> GGMLQuantizationType:
     """How a tensor is stored in a file of a kind, as llama.cpp's quantizer does.
 
     Vectors and routers stay in f32, embeddings and head in q8_0 at least, and rows that are no
-    whole blocks in f16.
+    whole blocks in f16; of the kinds that are of experts alone, all else stays in f32.
     """
+    kind, _ = QUANTS[quant]
     if len(shape) == 1 or "ffn_gate_inp" in name:
+        return GGMLQuantizationType.F32
+    if quant.startswith(EXPERTS_ALONE) and not any(part in name for part in EXPERTS):
         return GGMLQuantizationType.F32
     if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
         return kind

@@ -179,9 +179,30 @@ def _panels(axes: Axes, rows: int, columns: int) -> list[list[Axes]]:
 
 def _memory(axes: Axes, content: Mapping[str, Any]) -> None:
     """What measured members hold and take, over the first of them."""
-    figures = ("memory_gb", "train_ms_per_token", "decode_ms_per_token")
+    figures = {
+        "memory_gb": "memory,\ntraining",
+        "train_ms_per_token": "time,\ntraining",
+        "decode_ms_per_token": "time,\ndecoding",
+    }
+    _over_first(axes, content, figures)
+
+
+def _offload(axes: Axes, content: Mapping[str, Any]) -> None:
+    """What decoding holds and takes by budget, over that with all experts in memory."""
+    figures = {
+        "memory_gb": "memory",
+        "decode_ms_per_token": "time,\nfile cached",
+        "cold_ms_per_token": "time,\nfrom disk",
+    }
+    _over_first(axes, content, figures)
+
+
+def _over_first(axes: Axes, content: Mapping[str, Any], figures: Mapping[str, str]) -> None:
+    """Bars of each figure, for the members that have them all, over the first of these."""
     members = [
-        name for name in content["members"] if _of_member(content, name, "train_ms_per_token")
+        name
+        for name in content["members"]
+        if all(_of_member(content, name, figure) for figure in figures)
     ]
     for number, member in enumerate(members):
         medians = [statistics.median(_of_member(content, member, figure)) for figure in figures]
@@ -191,7 +212,7 @@ def _memory(axes: Axes, content: Mapping[str, Any]) -> None:
             at, [m / b for m, b in zip(medians, base, strict=True)], 0.24, label=member,
             color=COLOURS[number % len(COLOURS)], edgecolor="black", hatch=HATCHES[number % 3],
         )  # fmt: skip
-    axes.set_xticks(range(3), ["memory,\ntraining", "time,\ntraining", "time,\ndecoding"])
+    axes.set_xticks(range(len(figures)), list(figures.values()))
     axes.set_ylabel(f"times {members[0]}")
     _legend(axes)
 
@@ -301,4 +322,5 @@ PANELS: dict[str, Callable[[Axes, Mapping[str, Any]], None]] = {
     "price": _price,
     "specialization": _specialization,
     "leak": _leak,
+    "offload": _offload,
 }

@@ -17,7 +17,13 @@ SOURCES = ("model", "training", "text")  # what decides a trained weight
 
 
 def run_key(
-    recipe: Recipe, corpus: str | None, threads: int, *, measure: bool = False, watch: bool = False
+    recipe: Recipe,
+    corpus: str | None,
+    threads: int,
+    *,
+    measure: bool = False,
+    watch: bool = False,
+    expert_budget: str | None = None,
 ) -> str:
     """A hash of the resolved recipe, the corpus, the sources, the threads and the kind of device.
 
@@ -33,6 +39,7 @@ def run_key(
         "device": choose_device(recipe).type,
         "measure": measure,
         **({"watch": True} if watch else {}),
+        **({"expert_budget": expert_budget} if expert_budget else {}),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Tables of what was read from trained weights: specialization and leak."""
+"""Tables of what was read from trained weights, and of decoding with experts on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nano_moe.studies.schema import LOOKED
+from nano_moe.studies.schema import DECODED, LOOKED
 from nano_moe.studies.tables import table
 
 FIRST = 1 / 5  # of training, at which a table tells how many choices are final
@@ -22,11 +22,11 @@ def look_tables(content: Mapping[str, Any]) -> str:
 
 
 def _figures(content: Mapping[str, Any]) -> Iterator[str]:
-    for figures in LOOKED.values():
+    for figures in (*LOOKED.values(), DECODED):
         rows = []
-        for member in content["looks"]:
+        for member in content["members"]:
             runs = [run for run in content["runs"] if run["member"] == member]
-            if all(figures[0] in run for run in runs):
+            if all(name in run for run in runs for name in figures):
                 rows.append((member, *(_spread([run[name] for run in runs]) for name in figures)))
         if rows:
             yield table(("member", *(f"`{name}`" for name in figures)), rows)

@@ -39,6 +39,7 @@ class Planned(NamedTuple):
     stem: str  # of its recipe file
     measure: bool
     look: str | None = None
+    expert_budget: str | None = None
     source: tuple[str, int] | None = None  # member and seed of the run that it starts from
 
 
@@ -92,9 +93,13 @@ def _planned(
         raise UserError(f"{where}: {error}") from error
     if not recipe.model.is_causal and member.look != "leak":
         raise UserError(f"{where}: {SEES_THE_FUTURE}; leave it out")
-    if recipe.model.moe is None and member.look == "specialization":
+    if recipe.model.moe is None and member.look in ("specialization", "offload"):
         raise UserError(f"{where}.look: a dense member has no experts to look at; drop it")
-    return Planned(name, seed, recipe, file.stem, member.measure, member.look, source)
+    if recipe.model.moe is None and member.expert_budget is not None:
+        raise UserError(f"{where}.expert_budget: a dense member has no experts; drop it")
+    return Planned(
+        name, seed, recipe, file.stem, member.measure, member.look, member.expert_budget, source
+    )
 
 
 def check_fair(path: Path, study: Study, planned: list[Planned]) -> None:

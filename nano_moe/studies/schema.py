@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,14 +24,22 @@ TRAINED = (
     "dropped_share",
 )  # fmt: skip
 MEASURED = ("memory_gb", "train_ms_per_token", "decode_ms_per_token")
+DECODED = (
+    "memory_gb", "decode_ms_per_token", "cold_ms_per_token", "half_speed_ms_per_token", "hits",
+)  # fmt: skip
 LOOKED = {
     "specialization": (
         "domain_information", "class_information", "token_information", "domain_share",
         "class_share",
     ),
     "leak": ("ce_whole", "ce_other_future", "ce_own_future", "ce_prefix"),
+    "offload": (
+        "chance_25", "lru_hits_25", "hits_25", "chance_50", "lru_hits_50", "hits_50",
+        "guesses_right",
+    ),
 }  # fmt: skip
-FIGURES = (*TRAINED, *MEASURED, *(name for names in LOOKED.values() for name in names))
+ALL = "all"  # a budget for which no expert stays on disk
+FIGURES = (*TRAINED, *MEASURED, *DECODED, *(name for names in LOOKED.values() for name in names))
 Equal = Literal["seeds", "tokens", "flops", "time", "active", "total"]
 Item = TypeVar("Item")
 
@@ -46,6 +55,12 @@ def _single(given: Any) -> Any:
 def _known_figure(given: str) -> str:
     if given not in FIGURES:
         raise ValueError(f"no figure '{given}'; there are {', '.join(FIGURES)}")
+    return given
+
+
+def _share(given: str) -> str:
+    if given != ALL and not re.fullmatch(r"\d+(\.\d+)?%", given):
+        raise ValueError(f"'{given}' is no share of the experts; give {ALL}, or such as 25%")
     return given
 
 
@@ -71,7 +86,11 @@ class Member(Section):
     measure: bool = Field(
         default=False, description="time and weigh untrained weights of this shape; do not train"
     )
-    look: Literal["specialization", "leak"] | None = Field(
+    expert_budget: Annotated[str, AfterValidator(_share)] | None = Field(
+        default=None,
+        description="measure decoding alone, with this share of experts in memory: 25%, or all",
+    )
+    look: Literal["specialization", "leak", "offload"] | None = Field(
         default=None, description="what else is read from the trained weights"
     )
     start_from: str | None = Field(
@@ -85,7 +104,7 @@ class Member(Section):
     def figures(self) -> tuple[str, ...]:
         """What its runs are compared in."""
         if self.measure:
-            return MEASURED
+            return DECODED if self.expert_budget else MEASURED
         return (*TRAINED, *(LOOKED[self.look] if self.look else ()))
 
 
@@ -185,7 +204,16 @@ class Study(Section):
         default=(), description="fields of text, batches, rates or precision that it is about"
     )
     figure: Literal[
-        "curves", "flops", "balance", "memory", "grid", "trend", "price", "specialization", "leak"
+        "curves",
+        "flops",
+        "balance",
+        "memory",
+        "grid",
+        "trend",
+        "price",
+        "specialization",
+        "leak",
+        "offload",
     ] = Field(default="curves", description="what is drawn beside the comparisons")
     caveats: Listed[str] = Field(default=(), description="what the runs cannot say")
 
@@ -245,6 +273,8 @@ class Study(Section):
     def _check_source(self, where: str, name: str, member: Member) -> None:
         if member.seeds is not None and not set(member.seeds) <= set(self.seeds):
             raise FieldFault(f"{where}.seeds", "has a seed that the study has not")
+        if member.expert_budget is not None and not member.measure:
+            raise FieldFault(f"{where}.expert_budget", "is of what is measured; set measure: true")
         if member.start_from is None:
             return
         self._check_member(f"{where}.start_from", member.start_from)

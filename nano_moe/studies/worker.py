@@ -31,6 +31,7 @@ from nano_moe.memory import peak_resident, resident
 from nano_moe.runs import Run, git_commit, load_model, versions, write_json
 from nano_moe.studies import looks
 from nano_moe.studies.measure import measure
+from nano_moe.studies.offloading import decode
 from nano_moe.text.store import Corpus, prepare
 
 RESULT = "result.json"
@@ -47,6 +48,7 @@ class Job:
     threads: int
     measure: bool
     look: str | None = None
+    expert_budget: str | None = None
 
     @property
     def run(self) -> Run:
@@ -71,7 +73,7 @@ def work(job: Job) -> str | None:
     torch.set_num_threads(job.threads)
     recipe, idle = job.run.recipe(), resident()
     if not job.result.is_file():
-        found = measure(recipe) if job.measure else _train(job, recipe, idle)
+        found = _measure(job, recipe) if job.measure else _train(job, recipe, idle)
         if isinstance(found, str):
             return found
         write_json(job.result, {**_provenance(job, recipe), **found})
@@ -80,6 +82,10 @@ def work(job: Job) -> str | None:
     if job.look is not None:
         write_json(job.looked, looks.at(job.look, job.run, _corpus(recipe)))
     return None
+
+
+def _measure(job: Job, recipe: Recipe) -> dict[str, Any]:
+    return measure(recipe) if job.expert_budget is None else decode(job.run, job.expert_budget)
 
 
 def _corpus(recipe: Recipe) -> Corpus:

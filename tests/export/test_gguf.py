@@ -17,6 +17,7 @@ from nano_moe.cli.main import main
 from nano_moe.config import ModelConfig
 from nano_moe.errors import UserError
 from nano_moe.export.gguf_file import SCALES, architecture_of, export, storage, tensors_of, write
+from nano_moe.export.quantized import with_quantized_experts
 from nano_moe.export.tensors import without_training
 from nano_moe.model.gpt import GPT
 from nano_moe.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -84,6 +85,19 @@ def test_llama_cpp_computes_and_continues_as_we_do(tmp_path, case):
         spoken = ours[SPOKEN.start : SPOKEN.stop]
         assert token == SPOKEN.start + spoken.argmax()
         ids.append(token)
+
+
+@torch.no_grad()
+def test_llama_cpp_reads_a_file_of_quantized_experts(tmp_path):
+    """It rounds activations to 8 bits, too, so that it comes near and no nearer."""
+    config = config_of_case("sparse")
+    moe = config.moe.model_copy(update={"d_expert": 32})
+    config = config.model_copy(update={"moe": moe})
+    model = with_quantized_experts(written(tmp_path / "model.gguf", config, "experts-q4_0"), "q4_0")
+    ids = torch.randint(0, 256, (25,), generator=torch.Generator().manual_seed(2)).tolist()
+    ((_, theirs),) = Llama(tmp_path / "model.gguf").steps(ids, 1, config.vocab_size)
+    off = (model(torch.tensor([ids]))[0][0, -1].log_softmax(-1) - theirs).abs().mean()
+    assert off < 0.05
 
 
 def test_llama_cpp_cuts_text_as_we_do(tmp_path):
@@ -166,10 +180,10 @@ def test_a_trained_model_has_the_same_perplexity_in_llama_cpp(tmp_path, monkeypa
 
 def test_vectors_and_routers_are_never_quantized():
     quants = GGMLQuantizationType
-    assert storage("blk.0.attn_norm.weight", (64,), quants.Q4_0) == quants.F32
-    assert storage("blk.0.ffn_gate_inp.weight", (8, 64), quants.Q4_0) == quants.F32
-    assert storage("blk.0.ffn_up.weight", (8, 64), quants.Q4_0) == quants.Q4_0
-    assert storage("blk.0.ffn_up.weight", (8, 48), quants.Q4_0) == quants.F16
+    assert storage("blk.0.attn_norm.weight", (64,), "q4_0") == quants.F32
+    assert storage("blk.0.ffn_gate_inp.weight", (8, 64), "q4_0") == quants.F32
+    assert storage("blk.0.ffn_up.weight", (8, 64), "q4_0") == quants.Q4_0
+    assert storage("blk.0.ffn_up.weight", (8, 48), "q4_0") == quants.F16
 
 
 def test_a_tokenizer_of_characters_is_refused_and_nothing_is_left(run_of, tmp_path):

@@ -171,7 +171,11 @@ def test_a_key_is_of_what_decides_the_weights(todo, monkeypatch):
         key(threads=2),
     ]
     monkeypatch.setattr(keys, "sources", lambda: "edited")
-    assert len({key(), *others, keys.run_key(recipe, "text", 1, measure=True)}) == 5
+    measured = [
+        keys.run_key(recipe, "text", 1, measure=True, expert_budget=budget)
+        for budget in (None, "all", "25%")
+    ]
+    assert len({key(), *others, *measured}) == 7
     assert key() not in others
 
 

@@ -63,6 +63,22 @@ def test_a_member_at_fault_is_named(written, old, new, message):
 
 
 @pytest.mark.parametrize(
+    "fields", ["look: offload", "look: specialization", "measure: true, expert_budget: 25%"]
+)
+def test_a_dense_member_has_no_experts(written, fields):
+    figure = "memory_gb" if "measure" in fields else "ce"
+    changes = [
+        ("dense: {recipe", f"dense: {{{fields}, recipe"),
+        ("equal", f"figure: {figure}\n      equal"),
+    ]
+    if "measure" in fields:
+        changes.append(("sparse:\n", "sparse:\n      measure: true\n      expert_budget: 25%\n"))
+    path = written(*changes)
+    with pytest.raises(UserError, match="study.members.dense.*a dense member has no experts"):
+        planned(path)
+
+
+@pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         (

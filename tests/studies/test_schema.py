@@ -33,6 +33,17 @@ GRID = "  grid: {field: optim.lr, values: [0.1, 0.2, 0.3, 0.4]}\n  members:"
         ("fields: {model.d_ff", "seeds: [3], fields: {model.d_ff", "seed that the study has not"),
         ("  members:", "  figure: trend\n  members:", "there is none"),
         ("  members:", "  figure: leak\n  members:", "no member has; set look: leak"),
+        ("fields: {model.d_ff", "expert_budget: 25%, fields: {model.d_ff", "set measure: true"),
+        (
+            "sparse:\n",
+            "sparse:\n      measure: true\n      expert_budget: 64MB\n",
+            "'64MB' is no share of the experts; give all, or such as 25%",
+        ),
+        (
+            "sparse:\n",
+            "sparse:\n      measure: true\n      expert_budget: 25%\n",
+            "'sparse' has no ce; it has memory_gb",
+        ),
         ("fields: {model.d_ff", "start_from: dens, fields: {model.d_ff", "no member 'dens'"),
     ],
 )
