@@ -183,3 +183,27 @@ def test_threads_share_the_work(monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def test_only_chosen_experts_are_touched():
+    """Weights of the others are not numbers, and nobody notices."""
+    model = built(config_of({"n_shared_experts": 1}))
+    chosen = [set() for _ in model.routers]
+    listening = [
+        router.register_forward_hook(lambda _, __, r, own=own: own.update(r.ids[-1].tolist()))
+        for router, own in zip(model.routers, chosen, strict=True)
+    ]
+    expected = model(torch.tensor([[1, 2, 3]]))[0][:, -1]
+    for handle in listening:
+        handle.remove()
+    decoding = Decoding(model, [[1, 2]])
+    decoding.next_logits()
+    decoding.append([3], [True])
+    sparse = [block.ffn.experts for block in model.blocks]
+    for experts, own in zip(sparse, chosen, strict=True):
+        others = [expert for expert in range(5) if expert not in own]
+        assert len(others) == 3
+        for weight in experts.weights:
+            weight[others] = float("nan")
+    torch.testing.assert_close(decoding.next_logits(), expected, rtol=1e-5, atol=1e-5)
