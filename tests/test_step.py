@@ -114,6 +114,14 @@ def test_what_no_kernel_computes_is_left_to_the_model(kind):
     assert check(model, [3, 5], 8, {}) == 0
 
 
+def test_many_rows_are_left_to_products_of_matrices():
+    model = built(config_of({"moe": None}))
+    few = step.ROWS_BY_WIDTH // 32
+    assert step.fits(model, few) and not step.fits(model, few + 1)
+    wide = GPT(config_of({"moe": None, "d_model": 4096, "n_heads": 2, "d_ff": 2, "n_layers": 1}))
+    assert step.fits(wide.eval(), 16) and not step.fits(wide, 17)
+
+
 @settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
 @given(models(), st.lists(st.integers(1, 10), min_size=1, max_size=6))
 def test_any_recipe_decodes_to_its_own_logits(config, lengths):

@@ -55,7 +55,7 @@ class Decoding:
         self._cache = Cache(self.model.config, len(lengths), self.device)
         logits = self.model(tokens.to(self.device), self._cache)[0]  # (B, T, V)
         self._cache.keep(lengths)
-        self._step = Step(self.model) if fits(self.model) else None
+        self._step = Step(self.model) if fits(self.model, len(lengths)) else None
         return logits[torch.arange(len(lengths)), lengths - 1]
 
     def append(self, tokens: Sequence[int], stays: Sequence[bool]) -> None:

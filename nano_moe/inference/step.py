@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nano_moe.inference import step_kernels as kernel
+from nano_moe.inference import step_kernels
 from nano_moe.model import kernels
 from nano_moe.model.attention import Attention
 from nano_moe.model.cache import Cache, LayerCache
@@ -31,18 +31,23 @@ from nano_moe.model.router import Router
 
 Array = np.ndarray[Any, Any]
 SHARED = 2**19  # multiply-adds from which on a kernel is worth waking the other threads
+# Rows up to which kernels beat PyTorch's products: any model's, and those times the width of one
+# that is so small that launching a product costs more than computing it.
+ROWS, ROWS_BY_WIDTH = 16, 2**14
 # What a step knows how to compute; a class of another name computes something else.
 PARTS = {GPT, Block, Attention, FFN, MoE, Router, Experts, RMSNorm, nn.Embedding, nn.Linear}
 PARTS |= {nn.ModuleList, nn.Identity}
 
 
-def fits(model: nn.Module) -> bool:
-    """Whether a `Step` computes what the model does, and nobody listens to its parts.
+def fits(model: nn.Module, n_rows: int = 1) -> bool:
+    """Whether a `Step` computes what the model does, fast, and nobody listens to its parts.
 
     Not latent attention, hashes, expert choice, groups and windows of routers, nor experts on disk,
-    other dtypes and devices: those are PyTorch's.
+    other dtypes and devices, nor many rows: those are PyTorch's.
     """
-    if model.training or torch.is_autocast_enabled("cpu"):
+    if type(model) is not GPT or model.training or torch.is_autocast_enabled("cpu"):
+        return False
+    if n_rows > max(ROWS, ROWS_BY_WIDTH // model.config.d_model):
         return False
     weights = (*model.parameters(), *model.buffers())
     if not kernels.usable(*weights, dtypes=kernels.FLOAT32):
@@ -71,16 +76,16 @@ class Step:
         x = self.embedding[np.asarray(tokens)]  # (B, D)
         for layer, past in zip(self.layers, cache.layers, strict=True):
             layer(x, places, past)
-        return torch.from_numpy(_product(self.norm(x), self.head))
+        return torch.from_numpy(_linear(self.norm(x), self.head))
 
 
 def _run(kernel: Kernel, multiply_adds: int, *arguments: Any) -> None:
     (kernel if multiply_adds >= SHARED else kernel.alone)(*arguments)
 
 
-def _product(x: Array, weight: Array) -> Array:  # (B, I), (O, I) -> (B, O)
+def _linear(x: Array, weight: Array) -> Array:  # (B, I), (O, I) -> (B, O)
     y = np.empty((len(x), len(weight)), np.float32)
-    _run(kernel.product, len(x) * weight.size, x, weight, y)
+    _run(step_kernels.linear, len(x) * weight.size, x, weight, y)
     return y
 
 
@@ -110,11 +115,11 @@ class _Attention:
         scores = np.empty((*q.shape[:2], keys.shape[2]), np.float32)
         y, work = np.empty_like(q), 2 * q.size * past.cache.end
         where = (*self.norms, self.eps, *self.tables, places)
-        _run(kernel.attention, work, q, k, v, *where, keys, values, scores, y)
-        return _product(y.reshape(len(x), -1), self.o)
+        _run(step_kernels.attention, work, q, k, v, *where, keys, values, scores, y)
+        return _linear(y.reshape(len(x), -1), self.o)
 
     def _heads(self, x: Array, weight: Array) -> Array:  # (B, D) -> (B, H or G, C)
-        return _product(x, weight).reshape(len(x), -1, self.head_size)
+        return _linear(x, weight).reshape(len(x), -1, self.head_size)
 
 
 def _room(past: LayerCache, name: str, shape: tuple[int, ...]) -> Array:
@@ -135,9 +140,9 @@ class _Experts:
         hidden = np.empty((len(rows), self.down.shape[2]), np.float32)
         product = np.empty((len(rows), self.first.shape[1]), np.float32)
         work = len(rows) * hidden.shape[1] * rows.shape[1]
-        _run(kernel.expand, 2 * work, rows, starts, self.first, self.gated, product, hidden)
+        _run(step_kernels.expand, 2 * work, rows, starts, self.first, self.gated, product, hidden)
         product = np.empty_like(rows)
-        _run(kernel.contract, work, hidden, starts, token, weight, self.down, product, x)
+        _run(step_kernels.contract, work, hidden, starts, token, weight, self.down, product, x)
 
 
 class _Dense:
@@ -153,8 +158,8 @@ class _Dense:
         n = len(x)
         weight = np.ones((n, 1), np.float32)
         if self.gate is not None:
-            weight = _product(normed, self.gate)
-            kernel.score.alone(weight, False)
+            weight = _linear(normed, self.gate)
+            step_kernels.score.alone(weight, False)
         self.experts.add(normed, np.array([0, n]), np.arange(n), weight[:, 0], x)
 
 
@@ -179,8 +184,8 @@ class _Sparse:
 
     def __call__(self, normed: Array, x: Array) -> None:
         """x += what the chosen experts say of `normed`, both (B, D)."""
-        scores = _product(normed, self.weight)  # (B, E)
-        kernel.score.alone(scores, self.softmax)
+        scores = _linear(normed, self.weight)  # (B, E)
+        step_kernels.score.alone(scores, self.softmax)
         ids = np.empty((len(x), self.top_k), np.int64)
         biased = scores if self.bias is None else scores + self.bias
         kernels.top_k.alone(biased, self.places, self.keys, ids)
@@ -188,7 +193,7 @@ class _Sparse:
         token, weight = np.empty(ids.size, np.int64), np.empty(ids.size, np.float32)
         starts = np.empty(len(self.scale) + 1, np.int64)
         given = (normed, scores, ids, self.scale, self.normalize)
-        kernel.assign.alone(*given, rows, token, weight, starts)
+        step_kernels.assign.alone(*given, rows, token, weight, starts)
         self.experts.add(rows, starts, token, weight, x)
 
 

@@ -1,8 +1,7 @@
 """Kernels of decoding: few rows against all weights, so each weight is read once and in order.
 
 With one row a product is as fast as memory gives its weights; with more, a tile of two weight rows
-and four rows is kept in registers. Every output is summed by one thread: the same bits with any
-number of threads.
+and four rows is kept in registers. Every output belongs to one thread.
 
 Shapes: B rows, D d_model, I and O in and out widths, E experts, K top_k, F hidden width, H query
 heads, G key/value heads, C head width, T context, R places held per row, S of them seen, M
@@ -76,7 +75,7 @@ def _outputs(x: Any, w: Any, y: Any, first: Any, last: Any, one: Any, two: Any) 
 
 
 @_kernel
-def product(x: Any, w: Any, y: Any) -> None:
+def linear(x: Any, w: Any, y: Any) -> None:
     """y = x @ w.T: x (B, I), w (O, I), y (B, O)."""
     for pair in prange((len(w) + 1) // 2):
         _outputs(x, w, y, 0, len(x), 2 * pair, min(2 * pair + 1, len(w) - 1))
