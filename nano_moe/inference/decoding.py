@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nano_moe.inference.step import Step, fits
 from nano_moe.model.cache import Cache
 from nano_moe.model.gpt import GPT
 
@@ -17,7 +18,8 @@ from nano_moe.model.gpt import GPT
 class Decoding:
     """Rows of tokens, of any lengths, that grow together.
 
-    The model is in eval mode. A row that fills the context is read again from its later half.
+    The model is in eval mode. A row that fills the context is read again from its later half. Where
+    a `Step` fits when rows are read, it takes over from there.
     """
 
     def __init__(self, model: GPT, rows: Sequence[Sequence[int]]):
@@ -25,6 +27,7 @@ class Decoding:
         self.device = next(model.parameters()).device
         self._windows = [list(row[-model.config.context :]) for row in rows]
         self._cache: Cache | None = None
+        self._step: Step | None = None
 
     @torch.no_grad()
     def next_logits(self) -> Tensor:
@@ -32,8 +35,12 @@ class Decoding:
         full = any(len(window) > self.model.config.context for window in self._windows)
         if self._cache is None or full:
             return self._read_all()
-        last = torch.tensor([[window[-1]] for window in self._windows], device=self.device)
-        logits = self.model(last, self._cache)[0][:, -1]
+        last = [window[-1] for window in self._windows]
+        if self._step is not None:
+            logits = self._step(last, self._cache)
+        else:
+            column = torch.tensor(last, device=self.device).unsqueeze(-1)  # (B, 1)
+            logits = self.model(column, self._cache)[0][:, -1]
         self._cache.keep()
         return logits
 
@@ -48,6 +55,7 @@ class Decoding:
         self._cache = Cache(self.model.config, len(lengths), self.device)
         logits = self.model(tokens.to(self.device), self._cache)[0]  # (B, T, V)
         self._cache.keep(lengths)
+        self._step = Step(self.model) if fits(self.model, len(lengths)) else None
         return logits[torch.arange(len(lengths)), lengths - 1]
 
     def append(self, tokens: Sequence[int], stays: Sequence[bool]) -> None:
