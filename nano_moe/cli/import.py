@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from nano_moe.export import importing
     from nano_moe.text.store import prepare
 
-    source = importing.read(folder)
+    source = importing.read(folder, rest)
     recipe = importing.recipe_of(source, rest, folder)
     corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context) if rest else None
     made = importing.import_run(source, recipe, folder, name=name, corpus=corpus)
