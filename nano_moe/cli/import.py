@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="holds config.json and *.safetensors")
     parser.add_argument("--name", help="of the new run (default: the folder's)")
     parser.add_argument(
-        "--recipe", help="what a folder that was not exported here is evaluated on (its data)"
+        "--recipe", help="text and training for a folder that was not exported here"
     )
     add_json(parser)
 

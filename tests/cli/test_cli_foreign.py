@@ -25,8 +25,8 @@ def foreign(shop):
 def test_all_verbs_that_read_a_run(foreign):
     scored = foreign.json("eval", "taken")
     assert scored["bpb"] > 0 and scored["tokens"] < foreign.json("eval", "done")["tokens"]
-    said = foreign.json("sample", "taken", "--prompt", "the old fox", "--tokens", "5")
-    assert foreign.json("sample", "taken", "--prompt", "the old fox", "--tokens", "5") == said
+    (text,) = foreign.json("sample", "taken", "--prompt", "the old fox", "--tokens", "5")["samples"]
+    assert "▁" not in str(text) and "<0x" not in str(text)
     assert foreign.json("eval", "taken", "--tasks", "2")["bits_per_byte"] > 0
     assert foreign.run("report-html", "taken", "--out", "page.html")[0] == 0
     assert "▁" not in Path("page.html").read_text().split("<script")[-1]

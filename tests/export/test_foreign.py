@@ -104,7 +104,7 @@ def test_logits_and_greedy_text_are_theirs(taken_in, family, style):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_document_that_begins_has_no_lead(taken_in, style):
+def test_a_text_begins_without_the_lead_and_ends_where_theirs_does(taken_in, style):
     run = taken_in(checkpoint("Llama", style, Path("theirs")))
     _, model, tokenizer, _ = opened(run)
     with torch.no_grad():
@@ -119,6 +119,11 @@ def test_a_document_that_begins_has_no_lead(taken_in, style):
     assert found == piece.removeprefix(tokenizer.lead.decode()) + piece
     again = "".join(generate(model, tokenizer, "x", max_tokens=2, temperature=0))
     assert again == piece * 2
+    for stop in tokenizer.stop_ids:
+        with torch.no_grad():
+            model.head.weight.zero_()
+            model.head.weight[stop] = 1
+        assert list(generate(model, tokenizer, "x", max_tokens=9, temperature=0)) == [""]
 
 
 @pytest.mark.parametrize("style", STYLES)
