@@ -452,11 +452,17 @@ class DataConfig(Section):
     bytes_per_domain: int = Field(
         default=2_500_000, ge=1, le=2**40, description="UTF-8 bytes taken of each domain at most"
     )
-    tokenizer: Literal["bpe", "byte", "gpt2", "char"] = Field(
-        default="bpe", description="bpe is trained on the training split"
+    tokenizer: Literal["bpe", "byte", "gpt2", "char", "file"] = Field(
+        default="bpe", description="bpe is trained on the training split; file is tokenizer_file"
     )
     gpt2_ranks: str | None = Field(
         default=None, description="path of the r50k_base.tiktoken file; only for tokenizer: gpt2"
+    )
+    tokenizer_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a tokenizer.json, of Hugging Face or of a run, or its folder; only for "
+        "tokenizer: file",
     )
     val_fraction: float = Field(
         default=0.05, gt=0, lt=1, description="share of documents held out for validation"
@@ -495,6 +501,12 @@ class DataConfig(Section):
             raise FieldFault(
                 "gpt2_ranks",
                 "tokenizer gpt2 needs it; set data.gpt2_ranks=PATH of r50k_base.tiktoken",
+            )
+        if (self.tokenizer == "file") != (self.tokenizer_file is not None):
+            raise FieldFault(
+                "tokenizer_file",
+                f"tokenizer={self.tokenizer}, and tokenizer_file={self.tokenizer_file}; set both "
+                "tokenizer=file and tokenizer_file=PATH of a tokenizer.json, or neither",
             )
         return self
 

@@ -75,7 +75,12 @@ class Run:
         return self.path / "best.ckpt"
 
     def recipe(self) -> Recipe:
-        return recipe_file.load(self.recipe_file)
+        """The resolved recipe; where it names a tokenizer's file, it now names the run's copy."""
+        recipe = recipe_file.load(self.recipe_file)
+        if recipe.data.tokenizer_file is None or not self.tokenizer_file.is_file():
+            return recipe
+        data = recipe.data.model_copy(update={"tokenizer_file": str(self.tokenizer_file)})
+        return recipe.model_copy(update={"data": data})
 
     def manifest(self) -> dict[str, Any]:
         return read_json(self.manifest_file)
@@ -245,7 +250,8 @@ def check_recipe(run: Run, recipe: Recipe, checkpoint: dict[str, Any]) -> None:
         raise UserError(
             f"{run.last}: its recipe is none of this version; go on with the version that began it"
         ) from error
-    changed = first_difference(begun.model_dump(), recipe.model_dump())
+    place = {"data": {"tokenizer_file"}}  # what it holds is part of the corpus
+    changed = first_difference(begun.model_dump(exclude=place), recipe.model_dump(exclude=place))
     if changed is not None:
         raise UserError(
             f"{run.recipe_file}: {changed} was changed since {run.last} was written; resume goes "

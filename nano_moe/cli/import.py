@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="holds config.json and *.safetensors")
     parser.add_argument("--name", help="of the new run (default: the folder's)")
     parser.add_argument(
-        "--recipe", help="what a folder that was not exported here is evaluated on (its data)"
+        "--recipe", help="text and training for a folder that was not exported here"
     )
     add_json(parser)
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from nano_moe.export import importing
     from nano_moe.text.store import prepare
 
-    source = importing.read(folder)
+    source = importing.read(folder, rest)
     recipe = importing.recipe_of(source, rest, folder)
     corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context) if rest else None
     made = importing.import_run(source, recipe, folder, name=name, corpus=corpus)

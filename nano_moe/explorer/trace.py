@@ -66,8 +66,8 @@ def texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 def token_text(tokenizer: Tokenizer, token: int, decoder: codecs.IncrementalDecoder) -> str:
     """What a token adds to the text that the decoder has read so far."""
-    if token == tokenizer.end_id:
-        return "⟨end⟩"
+    if token in tokenizer.special:
+        return f"⟨{tokenizer.special[token].strip('<|>')}⟩"
     piece = tokenizer.decode_bytes([token])
     text = decoder.decode(piece)
     if text.strip("�") or piece.decode(errors="ignore"):

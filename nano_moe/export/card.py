@@ -32,7 +32,7 @@ ids = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, do_sample=False)[0]))
 ```
 
-The tokenizer ({tokenizer}) puts the end-of-document token before every text, as in training.
+{tokenizer}
 Contexts are at most {context:,} tokens. It continues text and follows no instructions; nothing was
 done about what its training text says.
 
@@ -57,7 +57,7 @@ class Exported(NamedTuple):
     architecture: str
     difference: float  # largest of the logits
     tokens: int  # that they were compared over
-    tokenizer: str
+    tokenizer: str  # a sentence on it
     options: dict[str, Any]  # that loading needs
     notes: list[str]
 

@@ -31,6 +31,7 @@ SILENT = {
     "initializer_range",
     "label2id",
     "max_window_layers",
+    "num_nextn_predict_layers",  # layers after the last, which the classes leave out
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",

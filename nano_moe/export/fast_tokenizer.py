@@ -1,7 +1,7 @@
 """Our tokenizers as Hugging Face's fast ones, and back where both do the same.
 
 Bytes are spelt as GPT-2 spells them: printable ones as themselves, the others as the characters
-from U+0100 on.
+from U+0100 on (`text.fast`). A tokenizer of a file goes out as that file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,37 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from nano_moe.errors import UserError
+from nano_moe.text.fast import BYTES, SPELLING, flat
 from nano_moe.text.tokenizer import (
     GPT2_SHA256,
     UNKNOWN,
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
+    FileTokenizer,
     Tokenizer,
 )
 
 END = "<|endoftext|>"
 UNKNOWN_NAME = "<|unknown|>"
-PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-OTHERS = (byte for byte in range(256) if byte not in PRINTABLE)
-SPELLING = {byte: chr(byte) for byte in PRINTABLE} | {
-    byte: chr(0x100 + place) for place, byte in enumerate(OTHERS)
-}
-BYTES = {character: byte for byte, character in SPELLING.items()}
+
+
+def write(tokenizer: Tokenizer, context: int, folder: Path) -> None:
+    """What AutoTokenizer loads of a folder; raises UserError and OSError."""
+    fast_tokenizer(tokenizer, context).save_pretrained(folder)
+    if isinstance(tokenizer, FileTokenizer):  # which saving may have added to
+        text = json.dumps(tokenizer.saved, ensure_ascii=False, indent=2)
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
 
 
 def fast_tokenizer(tokenizer: Tokenizer, context: int) -> PreTrainedTokenizerFast:
     """The same ids for every text, with the end token before it as in `sample`; raises UserError.
 
-    The end token begins, ends and pads; text that spells it is text all the same.
+    The end token begins, ends and pads; text that spells it is text all the same. That of a file
+    does what its file says of both.
     """
+    if isinstance(tokenizer, FileTokenizer):
+        return _of_file(tokenizer, context)
     backend = _characters(tokenizer) if isinstance(tokenizer, CharTokenizer) else _bytes(tokenizer)
     end = tokenizers.AddedToken(END, special=True, normalized=False)
     backend.add_special_tokens([end])
@@ -56,6 +63,19 @@ def fast_tokenizer(tokenizer: Tokenizer, context: int) -> PreTrainedTokenizerFas
         pad_token=END,
         model_max_length=context,
         split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _of_file(tokenizer: FileTokenizer, context: int) -> PreTrainedTokenizerFast:
+    backend = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.saved))
+    end = tokenizer.special[tokenizer.end_id]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=end,
+        eos_token=backend.id_to_token(tokenizer.stop_ids[0]),
+        pad_token=end,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
 
@@ -194,14 +214,4 @@ def _splitting(saved: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _parts(saved: dict[str, Any], role: str, kind: str | None = None) -> list[dict[str, Any]]:
-    return [part for part in _flat(saved.get(role)) if kind in (None, part["type"])]
-
-
-def _flat(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if part is None:
-        return
-    if part["type"] != "Sequence":
-        yield part
-        return
-    for inner in part["pretokenizers"]:
-        yield from _flat(inner)
+    return [part for part in flat(saved.get(role)) if kind in (None, part["type"])]

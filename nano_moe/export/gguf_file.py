@@ -125,7 +125,12 @@ def check_experts(config: ModelConfig) -> None:
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raises UserError for one of characters: llama.cpp's are made of bytes."""
+    """Raises UserError for one of characters or of a file: llama.cpp knows words by name alone."""
+    if tokenizer.kind == "file":
+        raise UserError(
+            "the run's tokenizer is a file's, and GGUF knows rules for words by name alone; export "
+            "it with --to hf, and convert that with llama.cpp's own script"
+        )
     if tokenizer.kind == "char":
         raise UserError(
             "the run's tokenizer is of characters, and llama.cpp has none such; export it with "

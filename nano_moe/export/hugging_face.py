@@ -18,9 +18,9 @@ from torch import Tensor
 from nano_moe import runs
 from nano_moe.config import ModelConfig, Recipe
 from nano_moe.errors import UserError
+from nano_moe.export import fast_tokenizer
 from nano_moe.export.card import Exported, model_card
 from nano_moe.export.families import FAMILIES, family_of, model_of
-from nano_moe.export.fast_tokenizer import fast_tokenizer
 from nano_moe.export.tensors import without_training
 from nano_moe.export.weights import weights_of
 from nano_moe.files import creating
@@ -63,7 +63,7 @@ def export(run: Run, target: Path) -> Result:
         )
         theirs = _loaded(family, config, state, tokenizer)
         theirs.save_pretrained(folder)
-        fast_tokenizer(tokenizer, config.context).save_pretrained(folder)
+        fast_tokenizer.write(tokenizer, config.context, folder)
         options = loading_options(config)
         tokens = _tokens(tokenizer.n_vocab, config.context)
         difference = _difference(model, folder, tokens, options)
@@ -71,7 +71,7 @@ def export(run: Run, target: Path) -> Result:
             architecture=type(theirs).__name__,
             difference=difference,
             tokens=tokens.numel(),
-            tokenizer=f"{tokenizer.kind}, {tokenizer.n_vocab:,} ids",
+            tokenizer=_said_of(tokenizer),
             options=options,
             notes=[f"\n{note}" for note in notes],
         )
@@ -133,8 +133,9 @@ def _loaded(
     family: str, config: ModelConfig, state: dict[str, Tensor], tokenizer: Tokenizer
 ) -> Any:
     """Their model with our weights and the ids of our end token."""
-    end = tokenizer.end_id
-    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    end, stops = tokenizer.end_id, list(tokenizer.stop_ids)
+    eos = stops if len(stops) > 1 else stops[0]
+    ids: dict[str, Any] = {"bos_token_id": end, "eos_token_id": eos, "pad_token_id": end}
     theirs = model_of(family, config, **ids)
     theirs.load_state_dict(weights_of(family, config, state))
     unused = list(range(tokenizer.n_vocab, config.vocab_size))
@@ -142,6 +143,15 @@ def _loaded(
         **ids, max_length=config.context, suppress_tokens=unused or None
     )
     return theirs
+
+
+def _said_of(tokenizer: Tokenizer) -> str:
+    """A sentence for the card."""
+    said = f"The tokenizer ({tokenizer.kind}, {tokenizer.n_vocab:,} ids)"
+    if tokenizer.kind == "file":
+        end = tokenizer.special[tokenizer.end_id]
+        return f"{said} is that of the imported folder; in training, {end} parts the texts."
+    return f"{said} puts the end-of-document token before every text, as in training."
 
 
 def _tokens(n_vocab: int, context: int) -> Tensor:

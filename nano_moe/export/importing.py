@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ import transformers
 from torch import Tensor
 
 from nano_moe import recipe_file, runs
-from nano_moe.config import Recipe
+from nano_moe.config import DataConfig, Recipe
 from nano_moe.errors import UserError
 from nano_moe.export import fast_tokenizer
 from nano_moe.export.configs import UNSEEN, fault_of, first_difference, model_of_config
@@ -23,7 +24,9 @@ from nano_moe.files import make_folder, replacing, write_text
 from nano_moe.model.gpt import GPT
 from nano_moe.runs import Run
 from nano_moe.text.store import Corpus
-from nano_moe.text.tokenizer import Tokenizer, check_fits
+from nano_moe.text.tokenizer import FileTokenizer, Tokenizer
+
+FIXED = ("byte", "char", "gpt2")  # kinds that do not depend on the text
 
 
 class Source(NamedTuple):
@@ -95,20 +98,44 @@ def _provenance(folder: Path) -> dict[str, Any] | None:
     return said
 
 
-def read(folder: Path) -> Source:
-    """Config, weights and tokenizer of a folder; raises UserError where one is none of ours."""
+def _tokenizer(folder: Path, provenance: dict[str, Any] | None, rest: Recipe | None) -> Tokenizer:
+    """A folder of ours has one of our kinds; elsewhere it is a file, unless `rest` makes the same.
+
+    Raises UserError.
+    """
+    path = folder / "tokenizer.json"
+    if provenance is None:
+        wanted = None if rest is None else rest.data.tokenizer
+        if wanted not in FIXED:
+            return FileTokenizer.read(path)
+        with contextlib.suppress(UserError):
+            ours = fast_tokenizer.read(path)
+            if ours.kind == wanted:
+                return ours
+        return FileTokenizer.read(path)
+    if provenance["recipe"].data.tokenizer == "file":
+        return FileTokenizer.read(path)
+    return fast_tokenizer.read(path)
+
+
+def read(folder: Path, rest: Recipe | None = None) -> Source:
+    """Config, weights and tokenizer of a folder; raises UserError where one is none of ours.
+
+    `rest` is the recipe that says what a folder from elsewhere does not.
+    """
     quiet()
     family, config = _config(folder)
     model_of_config(family, config, UNSEEN, folder / "config.json")
     provenance = _provenance(folder)
-    tokenizer = fast_tokenizer.read(folder / "tokenizer.json")
+    tokenizer = _tokenizer(folder, provenance, rest)
     return Source(family, config, _weights(folder), tokenizer, provenance)
 
 
 def recipe_of(source: Source, rest: Recipe | None, where: Path) -> Recipe:
     """The recipe of a folder; raises UserError where its config says more than a recipe can.
 
-    What is not of the model comes from `rest`, else from the run that was exported.
+    What is not of the model comes from `rest`, else from the run that was exported; a tokenizer
+    that is a file's is the folder's own.
     """
     traits = traits_of(source.weights)
     model = model_of_config(source.family, source.config, traits, where / "config.json")
@@ -118,7 +145,7 @@ def recipe_of(source: Source, rest: Recipe | None, where: Path) -> Recipe:
                 f"{where}: not exported by nano_moe, so it says nothing of text and training; "
                 "name a recipe for these, such as --recipe recipes/base.yaml"
             )
-        return rest.model_copy(update={"model": model})
+        return rest.model_copy(update={"model": model, "data": _data(source, rest.data, where)})
     exported: Recipe = source.provenance["recipe"]
     difference = first_difference(
         config_of(source.family, exported.model), config_of(source.family, model)
@@ -128,7 +155,25 @@ def recipe_of(source: Source, rest: Recipe | None, where: Path) -> Recipe:
             f"{where / PROVENANCE}: its recipe gives another {difference} than config.json; "
             "delete it to go by config.json alone"
         )
-    return exported if rest is None else rest.model_copy(update={"model": exported.model})
+    if rest is None:
+        return exported
+    data = _data(source, rest.data, where)
+    return rest.model_copy(update={"model": exported.model, "data": data})
+
+
+def _data(source: Source, data: DataConfig, place: Path) -> DataConfig:
+    """The section with the folder's tokenizer, where that is a file's."""
+    if source.tokenizer.kind != "file":
+        return data
+    return data.model_copy(update={"tokenizer": "file", "tokenizer_file": str(place)})
+
+
+def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> None:
+    if tokenizer.n_vocab > vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.n_vocab:,} ids and its embedding "
+            f"{vocab_size:,} rows; the two do not belong together"
+        )
 
 
 def _save(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -180,7 +225,7 @@ def import_run(
     `corpus` is the text that the run of a foreign folder is to be evaluated on.
     """
     runs.check_name_is_free(name)
-    check_fits(source.tokenizer, recipe.model.vocab_size)
+    _check_vocabulary(source.tokenizer, recipe.model.vocab_size, folder)
     model = GPT(recipe.model)
     try:
         model.load_state_dict(state_of(source.family, recipe.model, source.weights))
@@ -189,6 +234,8 @@ def import_run(
     manifest = _manifest(source, recipe, folder, corpus)
     make_folder(runs.ROOT)
     target = Run(runs.ROOT / name)
+    data = _data(source, recipe.data, target.tokenizer_file)
+    recipe = recipe.model_copy(update={"data": data})
     with creating_export(target.path) as path:
         path.mkdir()
         run = Run(path)

@@ -52,7 +52,7 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yield pieces of text as they are sampled, until an end token or `max_tokens`.
+    """Yield pieces of text as they are sampled, until a token that ends texts or `max_tokens`.
 
     An empty prompt starts a new document. When the context is full, its later half goes on. Raises
     UserError for a model that sees the future.
@@ -82,12 +82,14 @@ def generate_all(
     model.config.check_causal()
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     rows = [[tokenizer.end_id, *(int(i) for i in tokenizer.encode(text))] for text in prompts]
-    return _pieces(Decoding(model, rows), len(rows), tokenizer, max_tokens, drawing, seed)
+    fresh = [row for row, ids in enumerate(rows) if len(ids) == 1]
+    return _pieces(Decoding(model, rows), len(rows), fresh, tokenizer, max_tokens, drawing, seed)
 
 
 def _pieces(
     decoding: Decoding,
     n_rows: int,
+    fresh: list[int],
     tokenizer: Tokenizer,
     max_tokens: int,
     drawing: dict[str, Any],
@@ -95,7 +97,7 @@ def _pieces(
 ) -> Iterator[tuple[int, str]]:
     generators = [torch.Generator().manual_seed(seed + row) for row in range(n_rows)]
     text = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n_rows)]
-    going = list(range(n_rows))
+    going, ends = list(range(n_rows)), tokenizer.stop_ids
     for _ in range(max_tokens):
         logits = decoding.next_logits()[:, : tokenizer.n_vocab].cpu()  # (B, V)
         chances = next_token_probabilities(logits, **drawing)
@@ -104,10 +106,14 @@ def _pieces(
             for row, chance in zip(going, chances, strict=True)
         ]
         for row, token in zip(going, drawn, strict=True):
-            if token != tokenizer.end_id:
-                yield row, text[row].decode(tokenizer.decode_bytes([token]))
-        decoding.append(drawn, [token != tokenizer.end_id for token in drawn])
-        going = [r for r, token in zip(going, drawn, strict=True) if token != tokenizer.end_id]
+            if token not in ends:
+                piece = tokenizer.decode_bytes([token])
+                if row in fresh and piece:  # a document begins here
+                    fresh.remove(row)
+                    piece = piece.removeprefix(tokenizer.lead)
+                yield row, text[row].decode(piece)
+        decoding.append(drawn, [token not in ends for token in drawn])
+        going = [r for r, token in zip(going, drawn, strict=True) if token not in ends]
         if not going:
             break
     for row, rest in enumerate(text):

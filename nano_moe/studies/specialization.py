@@ -57,7 +57,7 @@ def look(run: Run, corpus: Corpus) -> dict[str, Any]:
     for name in ("domain", "class"):
         held = _entropy(attributes[name])
         figures[f"{name}_share"] = figures[f"{name}_information"] / held if held else 0.0
-    pieces = [corpus.tokenizer.decode([i]) for i in range(vocabulary)]
+    pieces = [piece.decode(errors="replace") for piece in corpus.tokenizer.pieces]
     details = {
         "entropy": {name: _entropy(attribute) for name, attribute in attributes.items()},
         "layers": rows,

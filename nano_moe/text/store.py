@@ -49,7 +49,8 @@ class Split:
     """The tokens of one split, and where its documents lie in them.
 
     tokens: (n,) uint16 or uint32, mapped from disk; starts, domain_ids, n_bytes: (documents,)
-    int64. The end tokens count no bytes, so `n_bytes.sum()` is the UTF-8 length of all texts.
+    int64. The end tokens count no bytes, so `n_bytes.sum()` is the UTF-8 length of all texts, as
+    their tokens spell them.
     """
 
     tokens: np.ndarray
@@ -153,6 +154,8 @@ def _folder_name(data: DataConfig, vocab_size: int, found: corpus.Sources) -> st
     if kind == "bpe":
         decides |= {"vocab_size": vocab_size, "rustbpe": importlib.metadata.version("rustbpe")}
         kind += str(vocab_size)
+    if kind == "file":
+        decides["tokenizer_file"] = tokenizers.of_file(data).sha256
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     stem = (
         Path(os.path.abspath(os.path.expanduser(data.files[0]))).stem if data.files else "embedded"
@@ -181,7 +184,7 @@ def _build(
         tokenizer.save(partial / "tokenizer.json")
         summary: dict[str, dict[str, Any]] = {domain: {} for domain in domains}
         for name in SPLITS:
-            table = _table(splits[name], ids[name], domains)
+            table = _table(splits[name], ids[name], domains, tokenizer)
             np.save(partial / f"{name}.npy", np.concatenate(ids[name]))
             np.save(partial / f"{name}_documents.npy", table[:, :3])
             _summarize(summary, name, domains, table)
@@ -228,12 +231,15 @@ def _batches(documents: list[Document]) -> Iterator[tuple[list[str], int]]:
         yield texts, n_bytes
 
 
-def _table(documents: list[Document], ids: list[np.ndarray], domains: list[str]) -> np.ndarray:
+def _table(
+    documents: list[Document], ids: list[np.ndarray], domains: list[str], tokenizer: Tokenizer
+) -> np.ndarray:
     """(documents, 4) int64: first token, domain id, bytes, tokens."""
     lengths = np.array([len(one) for one in ids], np.int64)
     starts = np.cumsum(lengths) - lengths
     domain_ids = [domains.index(document.domain) for document in documents]
-    n_bytes = [document.n_bytes for document in documents]
+    spelt = (document._replace(text=tokenizer.canonical(document.text)) for document in documents)
+    n_bytes = [document.n_bytes for document in spelt]
     return np.stack([starts, domain_ids, n_bytes, lengths], axis=1).astype(np.int64)
 
 

@@ -1,7 +1,8 @@
-"""Tokenizers: bytes, characters, a BPE of our own, or GPT-2's BPE.
+"""Tokenizers: bytes, characters, a BPE of our own, GPT-2's BPE, or a tokenizer.json of others.
 
-Each is a list of byte strings, one per id, and a way to turn text into ids. The last id in use is
-the end-of-document token; it stands for no bytes, and no text encodes to it.
+Each is a list of byte strings, one per id, and a way to turn text into ids. The end token stands
+before and after every document; like other special tokens it stands for no bytes, and no text
+encodes to it. In our own kinds it is the last id in use.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import binascii
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,11 @@ import numpy as np
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
 from nano_moe.files import write_text
+from nano_moe.text import fast
 
 if TYPE_CHECKING:
     import tiktoken
+    from tokenizers import Tokenizer as Tokenizers
 
 # GPT-2's rule for where words end; merges never cross it.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -37,22 +40,23 @@ FORMAT = 1
 
 
 class Tokenizer(abc.ABC):
-    """What all kinds share: the table of byte strings and everything that only reads it."""
+    """What all kinds share: the table of byte strings and everything that only reads it.
+
+    end_id: stands before and after every document; stop_ids: end a text that a model writes;
+    special: names of the ids that stand for no bytes; lead: put before every text's own bytes.
+    """
 
     kind: str
+    lead = b""
 
-    def __init__(self, pieces: Sequence[bytes]):
-        self.pieces = [*pieces, b""]
+    def __init__(self, pieces: list[bytes], end_id: int, special: Mapping[int, str]):
+        self.pieces, self.end_id, self.special = pieces, end_id, special
+        self.stop_ids: tuple[int, ...] = (end_id,)
 
     @property
     def n_vocab(self) -> int:
-        """Ids in use, the end token included."""
+        """Ids in use, special ones included."""
         return len(self.pieces)
-
-    @property
-    def end_id(self) -> int:
-        """The id that ends every document."""
-        return len(self.pieces) - 1
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
@@ -60,30 +64,41 @@ class Tokenizer(abc.ABC):
         return np.uint16 if self.n_vocab <= 1 << 16 else np.uint32
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; never the end token, whatever the text says."""
+        """The ids of a text; never a special token, whatever the text says."""
         return self.encode_batch([text])[0].tolist()
 
     @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, as arrays of `dtype`."""
 
+    def canonical(self, text: str) -> str:
+        """The text that its ids spell, and whose bytes count: the same, unless a kind says more."""
+        return text
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes of the ids, which may end inside a character.
 
-        The end token gives none; an id that is not in use gives the replacement character.
+        Special tokens give none; an id that is not in use gives the replacement character.
         """
         pieces, n = self.pieces, self.n_vocab
         return b"".join(pieces[i] if 0 <= i < n else UNKNOWN.encode() for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; bytes that form no character become the replacement character."""
-        return self.decode_bytes(ids).decode(errors="replace")
+        """The text of a document's ids; bytes that form no character become the replacement one."""
+        return self.decode_bytes(ids).removeprefix(self.lead).decode(errors="replace")
 
     def save(self, path: Path) -> None:
         """Write one JSON file that `load` reads back. Raises OSError when it cannot be written."""
+        write_text(Path(path), self._saved())
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that `save` writes."""
+        return hashlib.sha256(self._saved().encode()).hexdigest()
+
+    def _saved(self) -> str:
         header = {"format": FORMAT, "kind": self.kind, "n_vocab": self.n_vocab}
-        text = json.dumps(header | {"end_id": self.end_id} | self._table(), indent=0)
-        write_text(Path(path), text + "\n")
+        return json.dumps(header | {"end_id": self.end_id} | self._table(), indent=0) + "\n"
 
     def _table(self) -> dict[str, Any]:
         return {}
@@ -112,7 +127,7 @@ class ByteTokenizer(Tokenizer):
     kind = "byte"
 
     def __init__(self) -> None:
-        super().__init__([bytes([i]) for i in range(256)])
+        super().__init__(*_ended([bytes([i]) for i in range(256)]))
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(_encodable(t).encode(), np.uint8).astype(self.dtype) for t in texts]
@@ -124,7 +139,7 @@ class CharTokenizer(Tokenizer):
     kind = "char"
 
     def __init__(self, characters: str):
-        super().__init__([*(c.encode() for c in characters), UNKNOWN.encode()])
+        super().__init__(*_ended([*(c.encode() for c in characters), UNKNOWN.encode()]))
         self.characters = characters
         self.unknown_id = len(characters)
 
@@ -151,7 +166,7 @@ class BPETokenizer(Tokenizer):
     """Byte-pair encoding; an id is the rank of its merge."""
 
     def __init__(self, kind: str, ranks: Sequence[bytes]):
-        super().__init__(ranks)
+        super().__init__(*_ended(ranks))
         self.kind = kind
 
     @classmethod
@@ -215,6 +230,59 @@ class BPETokenizer(Tokenizer):
         return {"pattern": PATTERN, "ranks": ranks}
 
 
+class FileTokenizer(Tokenizer):
+    """A tokenizer.json of Hugging Face's, held as it is: the same ids for every text.
+
+    The end token is the bos token where theirs puts one before a text (the last one, if several),
+    else the eos token. A model that knows bos as what begins documents was not taught to say it
+    where one ends, which costs some nats per document; bytes have none of that.
+
+    The ids spell `lead` and `canonical(text)`: with Unicode composed where theirs composes it
+    (NFC); where it marks blanks by "▁", with "▁" itself read as a blank, and a blank as lead that
+    is none of the text's bytes. Raises UserError for a file that loses more than that.
+    """
+
+    kind = "file"
+
+    def __init__(self, saved: dict[str, Any], end_id: int, stop_ids: Sequence[int]):
+        self.saved, self._spelling = saved, fast.spelling(saved)
+        super().__init__(self._spelling.pieces, end_id, self._spelling.special)
+        if self.special.get(end_id) is None or not all(0 <= i < self.n_vocab for i in stop_ids):
+            raise ValueError(f"end token {end_id} is none of its special tokens")
+        self.lead, self.stop_ids = self._spelling.lead, tuple(stop_ids)
+
+    @classmethod
+    def read(cls, path: Path) -> FileTokenizer:
+        """The tokenizer of a tokenizer.json and of what lies beside it."""
+        return cls(*fast.read(path))
+
+    @cached_property
+    def backend(self) -> Tokenizers:
+        return fast.backend_of(self.saved)
+
+    def canonical(self, text: str) -> str:
+        return self._spelling.canonical(_encodable(text))
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text. Raises UserError for one that they do not spell."""
+        texts = [_encodable(text) for text in texts]
+        found = [one.ids for one in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        for text, ids in zip(texts, found, strict=True):
+            self._check(text, ids)
+        return [np.array(ids, self.dtype) for ids in found]
+
+    def _check(self, text: str, ids: list[int]) -> None:
+        spelt = b"".join([self.pieces[i] for i in ids])
+        if spelt != self.lead * bool(text) + self.canonical(text).encode():
+            raise UserError(
+                f"the tokenizer's ids spell {spelt[:40]!r}... for the text {text[:40]!r}...; "
+                "leave that text out, or choose another data.tokenizer"
+            )
+
+    def _table(self) -> dict[str, Any]:
+        return {"stop_ids": list(self.stop_ids), "tokenizer": self.saved}
+
+
 def make(data: DataConfig, vocab_size: int, texts: Sequence[str]) -> Tokenizer:
     """The tokenizer that `data` asks for; `texts` is the training split and nothing else.
 
@@ -228,10 +296,34 @@ def make(data: DataConfig, vocab_size: int, texts: Sequence[str]) -> Tokenizer:
     elif data.tokenizer == "gpt2":
         assert data.gpt2_ranks is not None
         tokenizer = BPETokenizer.gpt2(Path(os.path.expanduser(data.gpt2_ranks)))
+    elif data.tokenizer == "file":
+        tokenizer = of_file(data)
     else:
         tokenizer = BPETokenizer.train(_sample(texts), vocab_size)
     check_fits(tokenizer, vocab_size)
     return tokenizer
+
+
+def of_file(data: DataConfig) -> Tokenizer:
+    """What `data.tokenizer_file` names: a run's tokenizer.json, or one of Hugging Face's.
+
+    A folder stands for the file in it. Raises UserError where it is missing or damaged, and for
+    one that loses text.
+    """
+    assert data.tokenizer_file is not None
+    path = Path(os.path.expanduser(data.tokenizer_file))
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; set data.tokenizer_file to a tokenizer.json or its folder"
+        )
+    try:
+        is_ours = "kind" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        is_ours = False  # what is wrong is said below
+    if is_ours:
+        return Tokenizer.load(path)
+    return FileTokenizer.read(path)
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -249,6 +341,8 @@ def _restore(saved: dict[str, Any]) -> Tokenizer:
         return ByteTokenizer()
     if kind == "char":
         return CharTokenizer(saved["characters"])
+    if kind == "file":
+        return FileTokenizer(saved["tokenizer"], saved["end_id"], saved["stop_ids"])
     if kind not in ("bpe", "gpt2"):
         raise ValueError(f"kind {kind!r}")
     if saved["pattern"] != PATTERN:
@@ -257,6 +351,11 @@ def _restore(saved: dict[str, Any]) -> Tokenizer:
         return BPETokenizer(kind, [base64.b64decode(r, validate=True) for r in saved["ranks"]])
     except binascii.Error as error:
         raise ValueError(f"a rank is not base64: {error}") from error
+
+
+def _ended(pieces: Sequence[bytes]) -> tuple[list[bytes], int, dict[int, str]]:
+    """The pieces with an end token, its id, and its name."""
+    return [*pieces, b""], len(pieces), {len(pieces): "end"}
 
 
 def _sample(texts: Sequence[str]) -> Iterable[str]:

@@ -274,6 +274,7 @@ def test_a_foreign_folder_needs_a_recipe_for_its_text(folder, recipe_of, dense_c
     text = Path("text.txt")
     text.write_text("\n".join(f"the fox saw {i} hens" for i in range(200)))
     rest = foreign_recipe(recipe_of, dense_config, text, "byte")
+    source = importing.read(place, rest)
     recipe = importing.recipe_of(source, rest, place)
     assert recipe.data == rest.data and recipe.model.d_model == SIZES["d_model"]
     corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context, progress=False)
@@ -285,12 +286,14 @@ def test_a_foreign_folder_needs_a_recipe_for_its_text(folder, recipe_of, dense_c
 def test_text_of_another_tokenizer_is_refused(folder, recipe_of, dense_config):
     place = folder("dense", CharTokenizer("abcdefgh \n"))
     (place / "nano_moe.json").unlink()
-    source = importing.read(place)
     Path("text.txt").write_text("\n".join(f"the fox saw {i} hens" for i in range(200)))
-    rest = foreign_recipe(recipe_of, dense_config, Path("text.txt"), "byte")
+    with pytest.raises(UserError, match="tokenizer.json: its model is WordLevel; BPE alone"):
+        importing.read(place, foreign_recipe(recipe_of, dense_config, Path("text.txt"), "byte"))
+    rest = foreign_recipe(recipe_of, dense_config, Path("text.txt"), "char")
+    source = importing.read(place, rest)
     recipe = importing.recipe_of(source, rest, place)
     corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context, progress=False)
-    with pytest.raises(UserError, match="12 ids and is not the one of cache.*byte, 257"):
+    with pytest.raises(UserError, match="12 ids and is not the one of cache.*char, 24"):
         importing.import_run(source, recipe, place, name="back", corpus=corpus)
     assert not list(Path("checkpoints").glob("*"))
 
