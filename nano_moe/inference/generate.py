@@ -28,9 +28,9 @@ def next_token_probabilities(
     """
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are not finite; this run diverged, use another")
-    logits = logits.double()  # so that a tiny temperature or top-p does not round to 0
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits.double()  # so that a tiny temperature or top-p does not round to 0
     largest = logits.amax(-1, keepdim=True)
     ranked, order = ((logits - largest) / temperature).sort(dim=-1, descending=True, stable=True)
     ranked = ranked.softmax(-1)
@@ -80,44 +80,64 @@ def generate_all(
     Prompt i draws from a generator seeded with `seed` + i, as if it were alone.
     """
     model.config.check_causal()
+    prefixes = [[tokenizer.end_id, *(int(i) for i in tokenizer.encode(text))] for text in prompts]
+    rows = [_Row(seed + i, fresh=len(prefix) == 1) for i, prefix in enumerate(prefixes)]
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    rows = [[tokenizer.end_id, *(int(i) for i in tokenizer.encode(text))] for text in prompts]
-    fresh = [row for row, ids in enumerate(rows) if len(ids) == 1]
-    return _pieces(Decoding(model, rows), len(rows), fresh, tokenizer, max_tokens, drawing, seed)
+    return _pieces(Decoding(model, prefixes), rows, tokenizer, max_tokens, drawing)
+
+
+class _Row:
+    """One prompt's dice, and its bytes on their way to being text."""
+
+    def __init__(self, seed: int, *, fresh: bool):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.text = codecs.getincrementaldecoder("utf-8")("replace")
+        self.fresh = fresh  # a document begins here
+
+    def read(self, piece: bytes, lead: bytes) -> str:
+        if self.fresh and piece:
+            self.fresh = False
+            piece = piece.removeprefix(lead)
+        return self.text.decode(piece)
 
 
 def _pieces(
     decoding: Decoding,
-    n_rows: int,
-    fresh: list[int],
+    rows: list[_Row],
     tokenizer: Tokenizer,
     max_tokens: int,
     drawing: dict[str, Any],
-    seed: int,
 ) -> Iterator[tuple[int, str]]:
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(n_rows)]
-    text = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n_rows)]
-    going, ends = list(range(n_rows)), tokenizer.stop_ids
+    going, ends = list(range(len(rows))), tokenizer.stop_ids
     for _ in range(max_tokens):
         logits = decoding.next_logits()[:, : tokenizer.n_vocab].cpu()  # (B, V)
-        chances = next_token_probabilities(logits, **drawing)
-        drawn = [
-            int(torch.multinomial(chance, 1, generator=generators[row]))
-            for row, chance in zip(going, chances, strict=True)
-        ]
-        for row, token in zip(going, drawn, strict=True):
-            if token not in ends:
-                piece = tokenizer.decode_bytes([token])
-                if row in fresh and piece:  # a document begins here
-                    fresh.remove(row)
-                    piece = piece.removeprefix(tokenizer.lead)
-                yield row, text[row].decode(piece)
-        decoding.append(drawn, [token not in ends for token in drawn])
-        going = [r for r, token in zip(going, drawn, strict=True) if token not in ends]
+        drawn = draw(logits, [rows[row].generator for row in going], **drawing)
+        stays = [token not in ends for token in drawn]
+        for row, token, stay in zip(going, drawn, stays, strict=True):
+            if stay:
+                yield row, rows[row].read(tokenizer.decode_bytes([token]), tokenizer.lead)
+        decoding.append(drawn, stays)
+        going = [row for row, stay in zip(going, stays, strict=True) if stay]
         if not going:
             break
-    for row, rest in enumerate(text):
-        yield row, rest.decode(b"", final=True)
+    for number, begun in enumerate(rows):
+        yield number, begun.text.decode(b"", final=True)
+
+
+def draw(
+    logits: Tensor,
+    generators: Sequence[torch.Generator],
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+) -> list[int]:
+    """A token per row of logits (B, V), each by its own generator."""
+    chances = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    if temperature == 0:
+        return chances.argmax(-1).tolist()
+    pairs = zip(chances, generators, strict=True)
+    return [int(torch.multinomial(chance, 1, generator=generator)) for chance, generator in pairs]
 
 
 def check_sampling(

@@ -19,8 +19,9 @@ import numpy as np
 from numba import njit, prange
 
 from nano_moe.model import kernels
-from nano_moe.model.kernels import _INLINE, Kernel, _exp, _f32, _inverse_rms, _largest
+from nano_moe.model.kernels import INLINE, Kernel, exp, inverse_rms, largest_of
 
+_f32 = np.float32
 _BLOCK = 16  # hidden units that one thread computes at a time, for vectors to be whole
 _DATE = zlib.crc32(Path(kernels.__file__).read_bytes())
 
@@ -34,7 +35,7 @@ def _kernel(function: Any) -> Kernel:
     return Kernel(function)
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _tile(x: Any, w: Any, y: Any, b: Any, one: Any, two: Any) -> None:
     """Outputs `one` and `two` of rows b to b + 3."""
     p, q = w[one], w[two]
@@ -53,7 +54,7 @@ def _tile(x: Any, w: Any, y: Any, b: Any, one: Any, two: Any) -> None:
     y[b, two], y[b + 1, two], y[b + 2, two], y[b + 3, two] = qr, qs, qt, qu
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _pair(x: Any, w: Any, y: Any, b: Any, one: Any, two: Any) -> None:
     """Outputs `one` and `two` of row b."""
     p, q, r = w[one], w[two], x[b]
@@ -64,7 +65,7 @@ def _pair(x: Any, w: Any, y: Any, b: Any, one: Any, two: Any) -> None:
     y[b, one], y[b, two] = pr, qr
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _outputs(x: Any, w: Any, y: Any, first: Any, last: Any, one: Any, two: Any) -> None:
     """Outputs `one` and `two` of rows [first, last): x (., I), w (O, I), y (., O)."""
     tiled = last - (last - first) % 4
@@ -116,12 +117,12 @@ def attention(
         _attend(q[b, heads], keys[b, g, :end], values[b, g, :end], scores[b, heads], y[b, heads])
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _turn(head: Any, norm: Any, eps: Any, cos: Any, sin: Any) -> None:
     """Normalizes where there is a weight, and turns pairs (i, i + C/2), in place."""
     half = len(head) // 2
     if len(norm):
-        scale = _inverse_rms(head, eps)
+        scale = inverse_rms(head, eps)
         for c in range(len(head)):
             head[c] *= scale * norm[c]
     for i in range(half):
@@ -130,7 +131,7 @@ def _turn(head: Any, norm: Any, eps: Any, cos: Any, sin: Any) -> None:
         head[i + half] = two * cos[i + half] + one * sin[i + half]
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _attend(q: Any, keys: Any, values: Any, scores: Any, y: Any) -> None:
     """Heads that share keys and values: q and y (., C), keys and values (S, C), scores (., R)."""
     end = len(keys)
@@ -149,17 +150,17 @@ def _attend(q: Any, keys: Any, values: Any, scores: Any, y: Any) -> None:
             y[h, c] /= total
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _shares(scores: Any, scale: Any) -> Any:
     """e^(scale * score), the largest's 1, in place; their sum."""
-    largest, total = _largest(scores), _f32(0)
+    largest, total = largest_of(scores), _f32(0)
     for s in range(len(scores)):
-        scores[s] = _exp((scores[s] - largest) * scale)
+        scores[s] = exp((scores[s] - largest) * scale)
         total += scores[s]
     return total
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _add_four(values: Any, shares: Any, s: Any, y: Any) -> None:
     one, two, three, four = values[s], values[s + 1], values[s + 2], values[s + 3]
     p, q, r, t = shares[s], shares[s + 1], shares[s + 2], shares[s + 3]
@@ -178,7 +179,7 @@ def score(logits: Any, softmax: Any) -> None:
                 row[e] /= total
         else:
             for e in range(len(row)):
-                row[e] = _f32(1) / (_f32(1) + _exp(-row[e]))
+                row[e] = _f32(1) / (_f32(1) + exp(-row[e]))
 
 
 @_kernel
@@ -236,12 +237,12 @@ def expand(rows: Any, starts: Any, first: Any, gated: Any, product: Any, hidden:
                 _activate(product[m], hidden[m], lo, hi, gated)
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _activate(product: Any, hidden: Any, lo: Any, hi: Any, gated: Any) -> None:
     if gated:
         gate, up = product[lo:hi], product[lo + len(hidden) : hi + len(hidden)]
         for j in range(hi - lo):
-            hidden[lo + j] = gate[j] / (_f32(1) + _exp(-gate[j])) * up[j]
+            hidden[lo + j] = gate[j] / (_f32(1) + exp(-gate[j])) * up[j]
     else:
         for j in range(lo, hi):
             half = _f32(0.5) * product[j]

@@ -30,7 +30,7 @@ _FAST = {"reassoc", "contract", "nsz"}
 PARTS = 32  # S; more than any CPU we expect has cores to keep busy
 # Inlined by LLVM: numba's own inlining (0.68) drops the last write to an array that was unpacked
 # from a tuple of four or more.
-_INLINE = {"forceinline": True, "fastmath": _FAST}
+INLINE = {"forceinline": True, "fastmath": _FAST}
 # What reordering would round off.
 _IN_ORDER = {"forceinline": True, "fastmath": {"contract", "nsz"}}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -114,7 +114,7 @@ def read(row, j):
     """row[j] as a float32."""
 
 
-@overload(read, jit_options=_INLINE)
+@overload(read, jit_options=INLINE)
 def _overload_read(row, j):
     if row.dtype == types.uint16:
         return lambda row, j: _from_bits(_u32(row[j]) << _u32(16))
@@ -125,7 +125,7 @@ def write(row, j, value):
     """row[j] = value, rounded to the nearest, ties to even; NaN stays NaN."""
 
 
-@overload(write, jit_options=_INLINE)
+@overload(write, jit_options=INLINE)
 def _overload_write(row, j, value):
     if row.dtype == types.uint16:
 
@@ -143,7 +143,7 @@ def _overload_write(row, j, value):
 
 
 @njit(**_IN_ORDER)
-def _exp(x: Any) -> Any:
+def exp(x: Any) -> Any:
     """e^x to two units in the last place on [-87, 88]; soon beyond them 0 and infinity.
 
     Cody & Waite's reduction by ln 2 in two parts, then a polynomial on [-ln 2 / 2, ln 2 / 2].
@@ -170,7 +170,7 @@ def swiglu_forward(product: Any, weight: Any, hidden: Any) -> None:
         gate, up, out, scale = product[m, :width], product[m, width:], hidden[m], weight[m]
         for j in range(width):
             g = read(gate, j)
-            write(out, j, g / (_f32(1) + _exp(-g)) * read(up, j) * scale)
+            write(out, j, g / (_f32(1) + exp(-g)) * read(up, j) * scale)
 
 
 @Kernel
@@ -188,7 +188,7 @@ def swiglu_backward(
         dgate, dup, scale, total = dproduct[m, :width], dproduct[m, width:], weight[m], _f32(0)
         for j in range(width):
             g, u, d = read(gate, j), read(up, j), read(given, j)
-            sigmoid = _f32(1) / (_f32(1) + _exp(-g))
+            sigmoid = _f32(1) / (_f32(1) + exp(-g))
             silu = g * sigmoid
             total += d * silu * u
             d *= scale
@@ -247,14 +247,14 @@ def top_k(scores: Any, places: Any, keys: Any, ids: Any) -> None:
                 row[at] = _LEAST
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _key(value: Any) -> Any:
     """An int32 above _LEAST that orders as the float32 does, NaN outside of all others."""
     bits = _i32(_bits(value))
     return max(_i32(bits ^ ((bits >> _i32(31)) & _i32(2**31 - 1))), _i32(_LEAST + 1))
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _first_largest(row: Any, places: Any) -> Any:
     largest, first = _LEAST, _i32(len(row))
     for e in range(len(row)):
@@ -276,7 +276,7 @@ def take(x: Any, order: Any, y: Any) -> None:
 
 
 @njit(forceinline=True, fastmath=_FAST | {"nnan"})
-def _largest(row: Any) -> Any:
+def largest_of(row: Any) -> Any:
     """Of a row without NaN; with one it is any of the others, and the sum of exponents is NaN."""
     largest = _f32(-np.inf)
     for j in range(len(row)):
@@ -292,9 +292,9 @@ def cross_entropy_forward(logits: Any, targets: Any, loss: Any, largest: Any, to
     The logarithm of the sum and the largest stay apart: their sum would round off small losses.
     """
     for n in prange(logits.shape[0]):
-        row, shift, summed = logits[n], _largest(logits[n]), _f32(0)
+        row, shift, summed = logits[n], largest_of(logits[n]), _f32(0)
         for j in range(len(row)):
-            summed += _exp(read(row, j) - shift)
+            summed += exp(read(row, j) - shift)
         largest[n], total[n] = shift, summed
         loss[n] = _loss(summed, read(row, targets[n]), shift)
 
@@ -312,16 +312,16 @@ def cross_entropy_backward(
     for n in prange(logits.shape[0]):
         row, out, shift, scale = logits[n], dlogits[n], largest[n], dloss[n] / total[n]
         for j in range(len(row)):
-            write(out, j, _exp(read(row, j) - shift) * scale)
+            write(out, j, exp(read(row, j) - shift) * scale)
         target = targets[n]
-        write(out, target, _exp(read(row, target) - shift) * scale - dloss[n])
+        write(out, target, exp(read(row, target) - shift) * scale - dloss[n])
 
 
 @Kernel
 def rms_norm_forward(x: Any, weight: Any, eps: Any, y: Any) -> None:
     """y = x / rms(x) * weight: x, y (M, D), weight (D,)."""
     for m in prange(len(x)):
-        scale = _inverse_rms(x[m], eps)
+        scale = inverse_rms(x[m], eps)
         for j in range(x.shape[1]):
             write(y[m], j, read(x[m], j) * scale * read(weight, j))
 
@@ -336,8 +336,9 @@ def rms_norm_backward(x: Any, weight: Any, eps: Any, dy: Any, dx: Any, dweight: 
             _norm_back(x[m], weight, eps, dx[m], dweight[part])
 
 
-@njit(**_INLINE)
-def _inverse_rms(row: Any, eps: Any) -> Any:
+@njit(**INLINE)
+def inverse_rms(row: Any, eps: Any) -> Any:
+    """1 over the root of the row's mean square, to which `eps` is added."""
     total = _f32(0)
     for j in range(len(row)):
         total += read(row, j) * read(row, j)
@@ -355,7 +356,7 @@ def rotary_forward(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, y: Any) ->
         t = n % length
         for h in range(x.shape[1]):
             row, out = x[n, h], y[n, h]
-            scale = _inverse_rms(row, eps) if len(weight) else _f32(1)
+            scale = inverse_rms(row, eps) if len(weight) else _f32(1)
             for i in range(half):
                 j = i + half
                 one, two = read(row, i) * scale, read(row, j) * scale
@@ -380,7 +381,7 @@ def rotary_backward(
                     _norm_back(x[n, h], weight, eps, dx[n, h], dweight[part])
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _turn_back(given: Any, cos: Any, sin: Any, out: Any, half: Any) -> None:
     for i in range(half):
         j = i + half
@@ -389,10 +390,10 @@ def _turn_back(given: Any, cos: Any, sin: Any, out: Any, half: Any) -> None:
         write(out, j, two * read(cos, j) - one * read(sin, i))
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _norm_back(row: Any, weight: Any, eps: Any, out: Any, dweight: Any) -> None:
     """`out` holds the gradient of the normalized row, and then that of the row."""
-    scale, along = _inverse_rms(row, eps), _f32(0)
+    scale, along = inverse_rms(row, eps), _f32(0)
     for j in range(len(row)):
         normed, given = read(row, j) * scale, read(out, j)
         dweight[j] += given * normed

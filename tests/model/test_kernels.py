@@ -93,7 +93,7 @@ def _as_read(bits, out):
 @numba.njit(fastmath=kernels._FAST)
 def _exponentials(values, out):
     for i in range(len(values)):
-        out[i] = kernels._exp(values[i])
+        out[i] = kernels.exp(values[i])
 
 
 def test_every_bfloat16_and_its_neighbours_are_rounded_as_by_pytorch():
