@@ -57,12 +57,13 @@ def _at_measured(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _twin(members: Mapping[str, Any], name: str) -> str | None:
-    """Another member of the same recipe but for its steps."""
+    """Another member of the same recipe for other steps; in a smoke test all have the same."""
     return next(
         (
             other
             for other, member in members.items()
-            if other != name and _but_for_steps(member) == _but_for_steps(members[name])
+            if _steps(member) != _steps(members[name])
+            and _but_for_steps(member) == _but_for_steps(members[name])
         ),
         None,
     )
