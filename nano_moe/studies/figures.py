@@ -79,7 +79,7 @@ def _look(number: int) -> dict[str, Any]:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
 def _band(
@@ -97,22 +97,16 @@ def _curves(axes: Axes, content: Mapping[str, Any]) -> None:
 
     Bands over seeds; the first fifth of the loss and the first tenth of the leads is left out.
     """
-    figure, place = axes.get_figure(), axes.get_subplotspec()
-    assert figure is not None and place is not None
-    axes.remove()
-    rows = place.subgridspec(2, 1)
-    upper, lower = figure.add_subplot(rows[0]), figure.add_subplot(rows[1])
+    (upper,), (lower,) = _panels(axes, 2, 1)
     for axis, name, part in ((upper, "curves", 5), (lower, "leads", 10)):
         for member, band in content[name].items():
             start = len(band["at"]) // part
             number = list(content["curves"]).index(member)
             _band(axis, number, member, [at / 1e6 for at in band["at"]][start:], band)
     upper.set_ylabel("training CE,\nnats per token")
-    upper.tick_params(labelbottom=False)
     lower.set_ylabel(f"lead over {next(iter(content['curves']))},\nnats per token")
     lower.axhline(0, color="0.5", lw=1)
     lower.set_xlabel("million tokens")
-    upper.set_xlim(lower.get_xlim())
     _legend(upper)
 
 

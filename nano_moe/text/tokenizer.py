@@ -235,7 +235,7 @@ class FileTokenizer(Tokenizer):
 
     The end token is the bos token where theirs puts one before a text (the last one, if several),
     else the eos token. A model that knows bos as what begins documents was not taught to say it
-    where one ends, which costs some nats per document; bytes have none of that.
+    where one ends, so its loss there is high; bytes have none of that.
 
     The ids spell `lead` and `canonical(text)`: with Unicode composed where theirs composes it
     (NFC); where it marks blanks by "▁", with "▁" itself read as a blank, and a blank as lead that

@@ -322,7 +322,7 @@ def test_a_server_that_is_gone_is_said(here, serve, browser):
         page.goto(running.url)
         route = show(page, "route")
     route.get_by_role("radio", name="<b>hill").click()
-    route.get_by_text("make explore RUN=routed").wait_for()
+    sync_api.expect(route.get_by_text("make explore RUN=routed")).to_be_visible(timeout=LONG)
     page.close()
 
 
