@@ -12,6 +12,8 @@ VENV = .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NANO := $(BIN)/python -m nano_moe
+# A file's tests stay in one process, for the fixtures they share; one thread for each process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 TORCH := torch==2.13.0
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
@@ -99,10 +101,10 @@ tensorboard: $(STAMP) ## compare all runs in the browser, or RUNS="a b", or thos
 		$(if $(call given,STUDY),--study $(call quote,$(STUDY))) --port $(call quote,$(PORT))
 
 test: $(STAMP) ## the fast tests
-	$(plain)@$(BIN)/pytest $(call given,ARGS)
+	$(plain)@$(PYTEST) $(call given,ARGS)
 
 test-all: $(STAMP) ## all tests, slow ones too
-	@$(BIN)/pytest -m 'not gpu' $(call given,ARGS)
+	@$(PYTEST) -m 'not gpu' $(call given,ARGS)
 
 bench: $(STAMP) ## time layers, steps, other libraries, optimizer and input here (15 minutes)
 	$(plain)@for name in layer step optimizer data; do $(NANO) bench $$name $(call given,ARGS) || exit; done

@@ -58,6 +58,8 @@ def section(
     if "looks" in content:
         parts.append(look_tables(content))
     parts.append(_members(content))
+    if priced := list(price(content)):
+        parts.append("What more compute bought:\n\n" + "\n".join(priced) + "\n")
     if "step_times" in content:
         parts.append(time_tables(content))
     if study.caveats:
@@ -149,6 +151,7 @@ def gain(one: Mapping[str, Any]) -> str:
 
 KEYS = ("mean", "low", "high")
 BALANCE = ("max_vio", "max_share", "starved_experts", "dead_experts", "load_entropy")
+PRICED = 1.05  # times the FLOPs: a router alone is no price
 OVER = 2.0  # MaxVio: three times an even share
 
 
@@ -173,6 +176,18 @@ def _comparisons(content: Mapping[str, Any]) -> str:
         "verdict",
     )
     return table(header, rows)
+
+
+def price(content: Mapping[str, Any]) -> Iterator[str]:
+    """A line per comparison whose better side also computes more: what each TFLOP of it bought."""
+    for one in content.get("comparisons", ()):
+        better, than = (
+            content["members"].get(one[side], {}).get("train_flops") for side in ("better", "than")
+        )
+        if one["figure"] != "ce" or not better or not than or better < PRICED * than:
+            continue
+        more = (better - than) / 1e12
+        yield f"- {one['says']}: {more:.1f} TFLOPs more, {one['mean'] / more:.4f} nats for each"
 
 
 def _effect(one: Mapping[str, Any], value: float) -> str:
