@@ -182,7 +182,8 @@ def price(content: Mapping[str, Any]) -> Iterator[str]:
     """A line per comparison whose better side also computes more: what each TFLOP of it bought."""
     for one in content.get("comparisons", ()):
         better, than = (
-            content["members"].get(one[side], {}).get("train_flops") for side in ("better", "than")
+            content["members"].get(one.get(side), {}).get("train_flops")
+            for side in ("better", "than")
         )
         if one["figure"] != "ce" or not better or not than or better < PRICED * than:
             continue
@@ -226,7 +227,7 @@ def _members(content: Mapping[str, Any]) -> str:
         rows.append((name, *_costs(cost), *_outcomes(runs), *(_speed(runs, s) for s in speeds)))
     header = (
         "member", "parameters", "active", "FFN active", "routers", "million tokens", "TFLOPs",
-        "CE", "bits per byte", "memory, GB", "seconds", *(SPEEDS[speed] for speed in speeds),
+        "CE", "bits per byte", "memory, GB", *(SPEEDS[speed] for speed in speeds),
     )  # fmt: skip
     return table(header, rows)
 
@@ -245,15 +246,14 @@ def _costs(cost: Mapping[str, Any]) -> list[str]:
 
 
 def _outcomes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Means over seeds, with the standard deviation of the loss; seconds and memory are medians."""
+    """Means over seeds, with the standard deviation of the loss; memory is a median."""
     cells = []
     for figure, digits in (("ce", 3), ("bpb", 3)):
         values = [run[figure] for run in runs if figure in run]
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         cells.append(f"{statistics.fmean(values):.{digits}f}{spread}" if values else "–")
-    for figure, digits in (("memory_gb", 2), ("seconds", 0)):
-        values = [run[figure] for run in runs if figure in run]
-        cells.append(f"{statistics.median(values):.{digits}f}" if values else "–")
+    memory = [run["memory_gb"] for run in runs if "memory_gb" in run]
+    cells.append(f"{statistics.median(memory):.2f}" if memory else "–")
     return cells
 
 

@@ -42,13 +42,13 @@ def test_an_answer_is_the_headline_and_the_rest():
 
 
 def test_further_compute_has_its_price():
-    """0.0876 nats for 4 TFLOPs more; a router's 1 % is none, nor is a side that computes less."""
+    """0.0876 nats for 4 TFLOPs more; a router's 1 % has none, a cheaper side, or a trend."""
     members = {"small": {"train_flops": 16e12}, "big": {"train_flops": 20e12}}
     members["router"] = {"train_flops": 16.16e12}
     pairs = (("big", "small"), ("small", "big"), ("router", "small"))
     content = {
         "members": members,
-        "comparisons": [{**PLAIN, "better": one, "than": other} for one, other in pairs],
+        "comparisons": [PLAIN, *({**PLAIN, "better": one, "than": than} for one, than in pairs)],
     }
     assert list(sections.price(content)) == [
         "- sparse ends below dense: 4.0 TFLOPs more, 0.0219 nats for each"
