@@ -28,7 +28,10 @@ Student's t over differences paired by seed, each for itself: of many claims, on
 seem to show something if none did. *Could have seen*: the smallest mean that this n and spread tell
 from zero. Losses are of the whole validation split, mean ± standard deviation over seeds. Seconds
 and memory are medians, seconds of trainings of one thread, side by side; memory is what a process
-came to hold beyond what it held at its start. bf16 is autocast over fp32 weights (see Precision).
+came to hold beyond what it held at its start. What else the machine did is in the seconds, so those
+of two studies do not compare; memory in bf16 includes products that oneDNN compiles for experts as
+loads wander, so that experts may hold more than in fp32. bf16 is autocast over fp32 weights (see
+Precision).
 Studies share runs: a recipe is trained once per seed, whichever claims it bears on.
 """
 
