@@ -53,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--workers {args.workers}: at least 1")
     if args.action != "run" and args.tier != "full":
         raise UserError(f"study {args.action}: is of full runs alone; drop --tier")
+    if args.seed is not None and args.action != "verify":
+        raise UserError(f"study {args.action}: draws no run; drop --seed")
+    if args.workers is not None and (args.action != "run" or args.tier != "full"):
+        raise UserError(f"--workers {args.workers}: is of full runs alone; drop it")
     if args.action == "report":
         if args.study:
             raise UserError("study report: is of all finished studies; name none")

@@ -60,8 +60,8 @@ class Outcome(NamedTuple):
 def find(name: str, folder: Path = STUDIES) -> Found:
     """The study of that name; raises UserError with near names."""
     path = folder / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(p.stem for p in folder.glob("*.yaml"))
+    if name != path.stem or not path.is_file():  # a name, and no way to another folder
+        names = sorted(p.stem for p in folder.glob("*.yaml") if p.is_file())
         close = difflib.get_close_matches(Path(name).stem, names, n=1, cutoff=0.5)
         known = f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
         raise UserError(f"study '{name}': no such study in {folder}; {known}")
@@ -159,7 +159,7 @@ def check_tuned(found: Found, planned: Sequence[Planned]) -> None:
 def check_names(found: Found) -> None:
     """Raises UserError where it repeats no study, or a member's class is none of the grid's."""
     if found.study.repeats is not None:
-        find(found.study.repeats, found.path.parent)
+        _check_repeats(found, find(found.study.repeats, found.path.parent))
     known = find(GRID, found.path.parent).study.members if found.name != GRID else {}
     for name, member in found.study.members.items():
         if member.tuned_as is not None and member.tuned_as not in known:
@@ -167,6 +167,19 @@ def check_names(found: Found) -> None:
                 f"{found.path}: study.members.{name}.tuned_as: {GRID}.yaml has no "
                 f"'{member.tuned_as}'; there are {', '.join(known)}"
             )
+
+
+def _check_repeats(found: Found, first: Found) -> None:
+    """Raises UserError where a second draw has another rule than the first, or seeds of it."""
+    where = f"{found.path}: study.repeats: {first.name}"
+    one, other = (
+        {**study.deciding(), "seeds": None, "repeats": None} for study in (found.study, first.study)
+    )
+    if one != other or first.study.repeats is not None:
+        raise UserError(f"{where} has another rule; begin this file with base: {first.path.name}")
+    again = sorted(set(found.study.seeds) & set(first.study.seeds))
+    if again:
+        raise UserError(f"{where} has seed {again[0]}, too; a second draw needs others")
 
 
 @contextlib.contextmanager
@@ -214,8 +227,7 @@ def verify(found: Found, seed: int | None = None) -> dict[str, Any]:
     stored = results.read(found.results)
     check_rule(found, stored)
     planned = plan(found.path, found.study, FULL)
-    whole = [one for one in planned if not one.measure and one.source is None]
-    one = random.Random(seed).choice(whole)
+    one = random.Random(seed).choice(_verifiable(found, planned))
     before = _stored_run(stored, one, found)
     root = engine.ROOT / "verify"
     (task,) = engine.tasks([one], root)
@@ -227,6 +239,18 @@ def verify(found: Found, seed: int | None = None) -> dict[str, Any]:
     after = engine.read_result(task.job)
     shutil.rmtree(task.job.folder)
     return {"study": found.name, "run": task.name, **compared(found, before, after)}
+
+
+def _verifiable(found: Found, planned: Sequence[Planned]) -> list[Planned]:
+    """Runs with a loss that start from no other; raises UserError where there is none."""
+    whole = [
+        one
+        for one in planned
+        if not one.measure and one.source is None and one.recipe.model.is_causal
+    ]
+    if not whole:
+        raise UserError(f"{found.path}: has no run with a loss to compare; verify another study")
+    return whole
 
 
 def _check_same(

@@ -129,7 +129,8 @@ def read_result(job: Job) -> dict[str, Any]:
         found = runs.read_json(job.result)
     except UserError:
         found = {}
-    if found.get("key") != job.key:
+    needed = {"seed", "machine", "versions"} | (set() if job.measure else {"curve", "balance"})
+    if found.get("key") != job.key or not needed <= set(found):
         raise UserError(f"{job.result}: damaged, or of another run; delete it and run again")
     return found
 
@@ -156,10 +157,10 @@ def run_all(study: str, todo: Sequence[Task], *, workers: int | None = None) -> 
     trainings = [task for task in waiting if not task.job.measure]
     stages = [[task for task in trainings if bool(task.planned.source) == last] for last in (0, 1)]
     failed: dict[str, str] = {}
-    with _alone(), _Progress(study, list(distinct.values())) as progress, _stoppable():
+    with _alone() as lock, _Progress(study, list(distinct.values())) as progress, _stoppable():
         for stage in stages:
-            failed |= _side_by_side(stage, workers or _workers(stage), progress)
-        failed |= _side_by_side(measured, 1, progress)
+            failed |= _side_by_side(stage, workers or _workers(stage), progress, lock)
+        failed |= _side_by_side(measured, 1, progress, lock)
     return failed
 
 
@@ -176,7 +177,9 @@ def _workers(todo: Sequence[Task]) -> int:
     return 1 if on_gpu else max(1, n_cores() // TRAIN_THREADS)
 
 
-def _side_by_side(todo: Sequence[Task], at_once: int, progress: _Progress) -> dict[str, str]:
+def _side_by_side(
+    todo: Sequence[Task], at_once: int, progress: _Progress, lock: int
+) -> dict[str, str]:
     waiting, running = list(todo), dict[Task, subprocess.Popen[bytes]]()
     failed: dict[str, str] = {}
     try:
@@ -184,7 +187,7 @@ def _side_by_side(todo: Sequence[Task], at_once: int, progress: _Progress) -> di
             while waiting and len(running) < at_once:
                 task = waiting.pop(0)
                 try:
-                    running[task] = _start(task)
+                    running[task] = _start(task, lock)
                 except UserError as error:
                     failed[task.name] = str(error)
             time.sleep(POLL)
@@ -199,7 +202,8 @@ def _side_by_side(todo: Sequence[Task], at_once: int, progress: _Progress) -> di
     return failed
 
 
-def _start(task: Task) -> subprocess.Popen[bytes]:
+def _start(task: Task, *held: int) -> subprocess.Popen[bytes]:
+    """The worker, which holds these open files, too, and so their locks, when we are killed."""
     _claim(task)
     threads = str(task.job.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
@@ -212,6 +216,7 @@ def _start(task: Task) -> subprocess.Popen[bytes]:
             stderr=log,
             env=environment,
             start_new_session=True,  # Ctrl-C is ours to pass on
+            pass_fds=held,
         )
 
 
@@ -249,15 +254,18 @@ def _fault(task: Task, status: int) -> str:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Raises UserError where another study runs in this folder: they would share runs."""
+def _alone() -> Iterator[int]:
+    """A lock's open file; raises UserError where another study runs here: they would share runs."""
     make_folder(ROOT)
     with open(ROOT / ".lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{ROOT}: another study is running here; wait for its end") from None
-        yield
+            raise UserError(
+                f"{ROOT}: another study is running here, or a stopped one still saves; wait for "
+                "its end"
+            ) from None
+        yield lock.fileno()
 
 
 @contextlib.contextmanager

@@ -28,7 +28,10 @@ Student's t over differences paired by seed, each for itself: of many claims, on
 seem to show something if none did. *Could have seen*: the smallest mean that this n and spread tell
 from zero. Losses are of the whole validation split, mean ± standard deviation over seeds. Seconds
 and memory are medians, seconds of trainings of one thread, side by side; memory is what a process
-came to hold beyond what it held at its start. bf16 is autocast over fp32 weights (see Precision).
+came to hold beyond what it held at its start. What else the machine did is in the seconds, so those
+of two studies do not compare; memory in bf16 includes products that oneDNN compiles for experts as
+loads wander, so that experts may hold more than in fp32. bf16 is autocast over fp32 weights (see
+Precision).
 Studies share runs: a recipe is trained once per seed, whichever claims it bears on.
 """
 
@@ -48,12 +51,16 @@ class Reported(NamedTuple):
 
 
 def finished(folder: Path = STUDIES) -> list[Reported]:
-    """What has results, in the order of the report; raises UserError where a rule has changed."""
+    """What has results, in the order of the report.
+
+    Raises UserError where a rule has changed, or verdicts do not follow from the runs.
+    """
     contents = {}
     for one in everything(folder):
         if one.results.is_file():
             contents[one.name] = (one, results.read(one.results))
             check_rule(*contents[one.name])
+            results.check_judged(one.results, one.study, contents[one.name][1])
     again = {one.study.repeats: content for one, content in contents.values()}
     return [
         Reported(one, content, again.get(one.name))
@@ -67,20 +74,29 @@ def write(folder: Path = STUDIES, readme: Path = README) -> list[Path]:
     reported = finished(folder)
     if not reported:
         raise UserError(f"{folder / 'results'}: no results yet; run: make reproduce")
-    written = []
-    for one in reported:
-        picture = one.found.results.with_suffix(".png")
+    pictures = {one.found.results.with_suffix(".png"): _picture(one) for one in reported}
+    text = document_of(reported)
+    for picture, drawn in pictures.items():
         with replacing(picture) as file:
-            file.write(draw(one.content, one.found.study.figure))
-        written.append(picture)
+            file.write(drawn)
     document = folder / "results" / "RESULTS.md"
-    write_text(document, document_of(reported))
-    return [*written, document, *_into_readme(readme, reported)]
+    write_text(document, text)
+    return [*pictures, document, *_into_readme(readme, reported)]
 
 
 def document_of(reported: Sequence[Reported]) -> str:
     """The text of RESULTS.md."""
-    return "\n".join([HEAD, *(section(*one) for one in reported)])
+    return "\n".join([HEAD, *(_section(one) for one in reported)])
+
+
+def _picture(one: Reported) -> bytes:
+    with results.whole(one.found.results):
+        return draw(one.content, one.found.study.figure)
+
+
+def _section(one: Reported) -> str:
+    with results.whole(one.found.results):
+        return section(*one)
 
 
 # --- README --------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,15 +54,9 @@ def collect(
         "members": {task.planned.member: _member(task, flops) for task in done},
         "runs": runs,
     }
+    content |= judged(study, runs, content["members"], smoke=smoke)
     if study.grid is not None:
-        return {**content, "grid": grid(study, runs)}
-    figures = by_member(runs)
-    content["comparisons"] = [
-        *(compare(one, figures, smoke) for one in study.comparisons),
-        *(trend(one, figures, smoke) for one in study.trends),
-    ]
-    if study.recovered is not None:
-        content["recovered"] = recovered(study.recovered, figures, content["members"])
+        return content
     content |= _curves(found)
     if study.figure == "balance":
         content["balance"] = _balance(found)
@@ -127,6 +123,28 @@ def by_member(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, A
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
         found.setdefault(run["member"], {})[run["seed"]] = run
+    return found
+
+
+def judged(
+    study: Study,
+    runs: Sequence[dict[str, Any]],
+    members: dict[str, dict[str, Any]],
+    *,
+    smoke: bool = False,
+) -> dict[str, Any]:
+    """What the rule says of runs: its grid, or its comparisons, trends and recovered share."""
+    if study.grid is not None:
+        return {"grid": grid(study, runs)}
+    figures = by_member(runs)
+    found: dict[str, Any] = {
+        "comparisons": [
+            *(compare(one, figures, smoke) for one in study.comparisons),
+            *(trend(one, figures, smoke) for one in study.trends),
+        ]
+    }
+    if study.recovered is not None:
+        found["recovered"] = recovered(study.recovered, figures, members)
     return found
 
 
@@ -257,6 +275,49 @@ def read(path: Path) -> dict[str, Any]:
         found = read_json(path)
     except UserError:
         found = {}
-    if "runs" not in found or "rule" not in found:
+    kinds = {"rule": str, "runs": list, "members": dict}
+    if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
         raise UserError(f"{path}: not results of a study; restore it, or delete it and run again")
+    if found.get("tier") == "smoke":
+        raise UserError(f"{path}: of a smoke test; restore it, or delete it and run again")
     return found
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Raises UserError where the results of this file lack, or hold otherwise, what is read."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: damaged ({type(error).__name__}: {error}); restore it, or run: make "
+            f"reproduce STUDY={path.stem}"
+        ) from error
+
+
+def check_judged(path: Path, study: Study, stored: dict[str, Any]) -> None:
+    """Raises UserError where gains and verdicts are not those that the stored runs give."""
+    with whole(path):
+        again = judged(study, stored["runs"], stored["members"])
+    if not all(_alike(stored.get(name), value) for name, value in again.items()):
+        raise UserError(
+            f"{path}: its verdicts do not follow from its runs; restore it, or run: make "
+            f"reproduce STUDY={path.stem}"
+        )
+
+
+def _alike(stored: Any, again: Any) -> bool:
+    """Equal but for the last digits, which another machine may have otherwise."""
+    if isinstance(again, dict):
+        return isinstance(stored, dict) and all(
+            _alike(stored.get(name), value) for name, value in again.items()
+        )
+    if isinstance(again, list | tuple):
+        return (
+            isinstance(stored, list)
+            and len(stored) == len(again)
+            and all(map(_alike, stored, again))
+        )
+    if isinstance(again, float) and isinstance(stored, int | float):
+        return math.isclose(stored, again, rel_tol=1e-9, abs_tol=1e-12)
+    return bool(stored == again)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -39,6 +40,10 @@ LOOKED = {
     ),
 }  # fmt: skip
 ALL = "all"  # a budget for which no expert stays on disk
+MAY_BE_ZERO = (
+    "max_vio", "dead_experts", "starved_experts", "load_entropy", "dropped_share", "hits",
+    *LOOKED["specialization"], *LOOKED["offload"],
+)  # fmt: skip
 FIGURES = (*TRAINED, *MEASURED, *DECODED, *(name for names in LOOKED.values() for name in names))
 Equal = Literal["seeds", "tokens", "flops", "time", "active", "total"]
 Item = TypeVar("Item")
@@ -223,21 +228,52 @@ class Study(Section):
             raise FieldFault("seeds", "a seed is named twice; name each once")
         if (self.grid is None) == (not self.comparisons):
             raise FieldFault("comparisons", "give comparisons, or a grid, and not both")
+        for where, fields in self._all_fields():
+            if "seed" in fields:
+                raise FieldFault(where, "seeds are the study's own; write it under seeds")
+        for name, member in self.members.items():
+            self._check_source(f"members.{name}", name, member)
+        if self.grid is not None:
+            self._check_grid(self.grid)
         for number, comparison in enumerate(self.comparisons):
             self._check_comparison(f"comparisons.{number}", comparison)
         for number, trend in enumerate(self.trends):
             self._check_trend(f"trends.{number}", trend)
         for side, name in (self.recovered.model_dump() if self.recovered else {}).items():
             self._check_member(f"recovered.{side}", name)
+            if self.members[name].measure or self.members[name].seeds is not None:
+                raise FieldFault(f"recovered.{side}", f"'{name}' is not trained with every seed")
         for name in (*self.step_times, *self.timed):
             self._check_member("step_times" if name in self.step_times else "timed", name)
-        for name, member in self.members.items():
-            self._check_source(f"members.{name}", name, member)
         self._check_figure()
         return self
 
+    def _all_fields(self) -> list[tuple[str, dict[str, Value]]]:
+        own = [(f"members.{name}.fields", member.fields) for name, member in self.members.items()]
+        return [("fields", self.fields), *own]
+
+    def _check_grid(self, grid: Grid) -> None:
+        if list(grid.values) != sorted(set(grid.values)):
+            raise FieldFault("grid.values", "must rise, each value named once")
+        if len(self.seeds) > 1:
+            raise FieldFault("seeds", "a grid has one seed, that no other study uses")
+        if self.trends or self.timed or self.step_times or self.recovered:
+            raise FieldFault("grid", "drop trends, timed, step_times and recovered beside it")
+        for name, member in self.members.items():
+            if member.measure or member.start_from is not None:
+                raise FieldFault(f"members.{name}", "a grid's members are trained from nothing")
+
     def _check_figure(self) -> None:
         looks = {member.look for member in self.members.values()}
+        if (self.figure == "grid") != (self.grid is not None):
+            raise FieldFault("figure", "grid is for a grid, and for nothing else")
+        measured = [member.measure for member in self.members.values()]
+        if self.figure == "memory" and not any(measured):
+            raise FieldFault("figure", "draws what is measured; set measure: true")
+        if self.figure in ("flops", "price") and any(measured):
+            raise FieldFault("figure", "draws losses, and a member with measure: true has none")
+        if self.figure in ("curves", "balance") and all(measured):
+            raise FieldFault("figure", "draws trainings, and every member has measure: true")
         if self.figure == "trend" and not self.trends:
             raise FieldFault("figure", "draws the first trend, and there is none")
         if self.figure in LOOKED and self.figure not in looks:
@@ -255,6 +291,14 @@ class Study(Section):
                 )
         if comparison.better == comparison.than and len(set(figures.values())) == 1:
             raise FieldFault(f"{where}.than", "is the same member; name the other one")
+        zero = [figure for figure in figures.values() if figure in MAY_BE_ZERO]
+        if comparison.relative and zero:
+            raise FieldFault(f"{where}.relative", f"{zero[0]} may be 0, which has no factor")
+        self._check_shared_seed(f"{where}.than", (comparison.better, comparison.than))
+
+    def _check_shared_seed(self, where: str, names: Sequence[str]) -> None:
+        if not set.intersection(*(set(self.members[n].seeds or self.seeds) for n in names)):
+            raise FieldFault(where, f"{', '.join(names)} have no seed in common")
 
     def _check_trend(self, where: str, trend: Trend) -> None:
         for number, line in enumerate(trend.lines):
@@ -267,6 +311,10 @@ class Study(Section):
                     raise FieldFault(f"{here}.{x}", "is a member, or a pair of them")
                 for name in members:
                     self._check_member(f"{here}.{x}", name)
+                    if trend.figure not in self.members[name].figures:
+                        raise FieldFault(f"{where}.figure", f"'{name}' has no {trend.figure}")
+            points = [(p,) if isinstance(p, str) else p for p in line.values()]
+            self._check_shared_seed(here, list(dict.fromkeys(n for point in points for n in point)))
         for pair in trend.pairs:
             self._check_comparison(where, pair)
 
@@ -292,10 +340,13 @@ class Study(Section):
     @property
     def rule(self) -> str:
         """The sha256 of all that decides runs and verdicts; not of the words around it."""
-        words = {"order", "title", "question", "varies", "caveats", "figure"}
-        decides = self.model_dump(mode="json", exclude=words, exclude_defaults=True)
-        text = json.dumps(decides, sort_keys=True)
+        text = json.dumps(self.deciding(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def deciding(self) -> dict[str, Any]:
+        """What the rule is made of; defaults left out."""
+        words = {"order", "title", "question", "varies", "caveats", "figure"}
+        return self.model_dump(mode="json", exclude=words, exclude_defaults=True)
 
 
 def _positive(x: str) -> bool:

@@ -24,7 +24,8 @@ def shelf(written, tmp_path):
 
 def test_a_study_is_found_by_its_name_alone(shelf, tmp_path):
     assert shelf().study.title == "Does it pay"
-    for name in ("studdy", "recipes/studies/study.yaml", "../study"):
+    ways = ("../study", "./study", str(tmp_path / "study"), f"../{tmp_path.name}/study")
+    for name in ("studdy", "recipes/studies/study.yaml", *ways):
         with pytest.raises(UserError, match="did you mean study"):
             catalogue.find(name, tmp_path)
 
@@ -35,9 +36,41 @@ def test_a_class_that_the_grid_does_not_know_is_refused_before_any_run(shelf, tm
         catalogue.smoke(found, catalogue.Place(tmp_path / "studies", ()))
 
 
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ([("[1, 2]", "[2, 3]")], "has seed 2, too; a second draw needs others"),
+        ([("[1, 2]", "[3, 4]"), ("0.02", "0.03")], "has another rule; begin this file with base"),
+        ([("[1, 2]", "[3, 4]")], None),
+    ],
+)
+def test_a_second_draw_has_the_same_rule_and_other_seeds(shelf, tmp_path, changes, fault):
+    first = shelf()
+    (tmp_path / "first.yaml").write_text(first.path.read_text())
+    again = shelf(*changes, ("study:\n", "study:\n  repeats: first\n"))
+    if fault is None:
+        return catalogue.check_names(again)
+    with pytest.raises(UserError, match=fault):
+        catalogue.check_names(again)
+
+
+def test_a_study_without_a_loss_is_not_verified(shelf):
+    recipe = catalogue.FOLDER / "schemes/expert-choice.yaml"
+    found = shelf(
+        (f"{catalogue.FOLDER}/mixtral.yaml", f"{recipe}\n      look: leak"),
+        ("n_experts: 16", "n_experts: 8"),
+    )
+    planned = catalogue.plan(found.path, found.study)
+    assert {one.member for one in planned} == {"dense", "sparse"}
+    assert {one.member for one in catalogue._verifiable(found, planned)} == {"dense"}
+    leaking = [one for one in planned if one.member == "sparse"]
+    with pytest.raises(UserError, match="no run with a loss to compare"):
+        catalogue._verifiable(found, leaking)
+
+
 def results_of(found, **fields):
     found.results.parent.mkdir(exist_ok=True)
-    content = {"rule": found.study.rule, "runs": [], **fields}
+    content = {"rule": found.study.rule, "runs": [], "members": {}, **fields}
     found.results.write_text(json.dumps(content))
 
 
@@ -89,6 +122,39 @@ def test_results_of_another_rule_are_neither_reported_nor_verified(shelf, tmp_pa
         report.write(tmp_path, tmp_path / "README.md")
 
 
+@pytest.mark.parametrize(
+    ("name", "faulty", "fault"),
+    [
+        ("rule", 1, "not results of a study"),
+        ("runs", {}, "not results of a study"),
+        ("members", None, "not results of a study"),
+        ("tier", "smoke", "of a smoke test"),
+        ("runs", [1], "damaged"),
+        ("runs", [{"member": "dense", "seed": 1}], "damaged"),
+        ("comparisons", [], "do not follow"),
+        ("curves", None, "damaged"),
+        ("comparisons", [{"verdict": "reproduced"}], "do not follow"),
+    ],
+)
+def test_damaged_results_are_one_line_and_change_nothing(shelf, tmp_path, name, faulty, fault):
+    found = shelf()
+    runs = [
+        {"member": member, "seed": seed, "ce": 4.0 + seed}
+        for member in ("dense", "sparse")
+        for seed in (1, 2)
+    ]
+    judged = report.results.judged(found.study, runs, {})
+    results_of(found, runs=runs, **judged)
+    assert [one.found.name for one in report.finished(tmp_path)] == ["study"]
+    results_of(found, **{**judged, "runs": runs, name: faulty})
+    before = found.results.read_text()
+    with pytest.raises(UserError, match=fault) as raised:
+        report.write(tmp_path, tmp_path / "README.md")
+    assert str(found.results) in str(raised.value) and "\n" not in str(raised.value)
+    assert found.results.read_text() == before
+    assert [path.name for path in found.results.parent.iterdir()] == ["study.json"]
+
+
 def test_grids_run_first():
     names = [one.name for one in catalogue.in_running_order(catalogue.everything())]
     assert names[0] == "learning-rates" and names[1] == "sparse-vs-dense"
@@ -101,6 +167,9 @@ def test_grids_run_first():
         (["run", "--workers", "0"], "at least 1"),
         (["run", "--tier", "smok"], "invalid choice"),
         (["report", "ladder"], "name none"),
+        (["run", "--seed", "1"], "drop --seed"),
+        (["collect", "--workers", "1"], "drop it"),
+        (["run", "--tier", "smoke", "--workers", "1"], "drop it"),
         (["verify", "ladder", "--tier", "smoke"], "drop --tier"),
     ],
 )

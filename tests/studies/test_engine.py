@@ -113,10 +113,13 @@ def test_a_study_killed_half_way_ends_with_equal_figures(todo, tmp_path):
 
 def test_a_worker_stops_with_a_checkpoint_when_its_parent_is_gone(todo):
     task = todo(trainer__steps=100_000, trainer__save_every=100_000)[0]
-    process = engine._start(task)
+    with engine._alone() as lock:
+        process = engine._start(task, lock)
     while task.spent() == 0:
         time.sleep(0.05)
         assert process.poll() is None
+    with pytest.raises(UserError, match="a stopped one still saves"), engine._alone():
+        pass  # it would train the same run in the same folder
     process.stdin.close()
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert task.job.run.last.is_file() and not task.job.result.is_file()

@@ -44,6 +44,20 @@ GRID = "  grid: {field: optim.lr, values: [0.1, 0.2, 0.3, 0.4]}\n  members:"
             "sparse:\n      measure: true\n      expert_budget: 25%\n",
             "'sparse' has no ce; it has memory_gb",
         ),
+        ("  members:", "  figure: memory\n  members:", "set measure: true"),
+        ("  members:", "  figure: grid\n  members:", "grid is for a grid"),
+        ("optim.warmup_steps: 0", "seed: 3", "seeds are the study's own"),
+        ("model.d_ff: 384", "seed: 3", "seeds are the study's own"),
+        (
+            "than: dense",
+            "than: dense\n      figure: dead_experts\n      relative: true",
+            "dead_experts may be 0, which has no factor",
+        ),
+        (
+            "  comparisons:",
+            "  recovered: {base: dense, part: sparse, whole: big}\n  comparisons:",
+            "no member 'big'",
+        ),
         ("fields: {model.d_ff", "start_from: dens, fields: {model.d_ff", "no member 'dens'"),
     ],
 )
@@ -51,6 +65,36 @@ def test_faults_are_one_line_with_the_file(written, old, new, message):
     with pytest.raises(UserError, match=message) as fault:
         schema.load(written((old, new)))
     assert "study.yaml" in str(fault.value) and "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([("[0.1, 0.2, 0.3, 0.4]", "[0.1, 0.2, 0.2, 0.4]")], "must rise, each value named once"),
+        ([("[0.1, 0.2, 0.3, 0.4]", "[0.4, 0.3, 0.2, 0.1]")], "must rise"),
+        ([("[1]", "[1, 2]")], "a grid has one seed"),
+        ([("  figure: grid\n", "")], "grid is for a grid"),
+        ([("  members:", "  timed: [dense]\n  members:")], "drop trends, timed"),
+        ([("dense: {", "dense: {measure: true, ")], "trained from nothing"),
+    ],
+)
+def test_faults_of_a_grid_are_told_before_it_runs(written, changes, message):
+    path = written(("  members:", f"  figure: grid\n{GRID}"), ("[1, 2]", "[1]"))
+    text = path.read_text().partition("  comparisons:")[0]
+    path.write_text(text)
+    schema.load(path)
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        schema.load(path)
+
+
+def test_members_that_are_compared_share_a_seed(written):
+    apart = [("dense: {", "dense: {seeds: [1], "), ("sparse:\n", "sparse:\n      seeds: [2]\n")]
+    with pytest.raises(UserError, match="sparse, dense have no seed in common"):
+        schema.load(written(*apart))
 
 
 def test_the_rule_is_all_that_decides_and_none_of_the_words(written):
