@@ -1,7 +1,6 @@
 """Causal grouped-query attention with rotary positions.
 
-Shapes: B batch, T time, S positions held and new, D d_model, H query heads, G key/value heads,
-C head width.
+Shapes: B batch, T time, D d_model, H query heads, G key/value heads, C head width.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from nano_moe.config import ModelConfig
 from nano_moe.model import kernels
-from nano_moe.model.cache import LayerCache
 from nano_moe.model.ops import RMSNorm, at_least_float32
 
 WIDE_HEAD = 64  # narrower ones attend in float32 on a CPU, faster than in bfloat16
@@ -66,36 +64,22 @@ class Attention(nn.Module):
         heads = x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
         return rotate(norm(heads), cos, sin).to(x.dtype)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past: LayerCache | None = None
-    ) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         q = self._placed(self.q_proj(x), self.q_norm, cos, sin)
         k = self._placed(self.k_proj(x), self.k_norm, cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-        if past is not None:
-            k, v = past.extend("keys", k), past.extend("values", v)
-        return self.o_proj(self._attend(q, k, v, past).transpose(1, 2).flatten(-2))
+        return self.o_proj(self._attend(q, k, v).transpose(1, 2).flatten(-2))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, past: LayerCache | None) -> Tensor:
-        """Causal attention, (B, H, T, C) and (B, G, S, C) twice to (B, H, T, C)."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention, (B, H, T, C) and (B, G, T, C) twice to (B, H, T, C)."""
         gqa = self.n_heads != self.kv_heads
         if q.device.type != "cpu" or self.head_size >= WIDE_HEAD:
-            return attend(q, k, v, past, gqa)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         dtype = v.dtype
         q, k, v = (at_least_float32(t) for t in (q, k, v))
         with torch.autocast("cpu", enabled=False):  # which would narrow them again
-            y = attend(q, k, v, past, gqa)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         return y.to(dtype)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, past: LayerCache | None, gqa: bool = False) -> Tensor:
-    """Softmax attention of new queries over themselves and what is held, none later.
-
-    q (B, H, T, C), k and v (B, G, S, C); (B, H, T, C).
-    """
-    if past is None or past.cache.is_first:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=past.cache.mask(), enable_gqa=gqa)
 
 
 class OnePass(torch.autograd.Function):

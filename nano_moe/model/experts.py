@@ -31,15 +31,10 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(n_experts, d_model, hidden))  # (E, D, F)
         self.backend = backend
 
-    @property
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """The first product's, (E, 2F or F, D), and the second's, (E, D, F)."""
-        return (self.gate_up if self.gated else self.up), self.down
-
     def forward(self, x: Tensor, routing: Routing) -> Tensor:  # (N, D) -> (N, D)
-        first, down = self.weights
+        first = self.gate_up if self.gated else self.up
         dispatch = DISPATCH[self._choose(x) if self.backend == "auto" else self.backend]
-        return dispatch(x, routing, first, down, self.activation)
+        return dispatch(x, routing, first, self.down, self.activation)
 
     def _choose(self, x: Tensor) -> str:
         """Fused on a CPU; elsewhere, and under the compiler, grouped products where they can."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nano_moe.model import kernels
-from nano_moe.model.cache import LayerCache
 from nano_moe.model.ops import compute_dtype, swiglu
 
 
@@ -32,10 +31,8 @@ class FFN(nn.Module):
             self.up = nn.Linear(d_model, hidden, bias=False)  # weight (F, D)
         self.down = nn.Linear(hidden, d_model, bias=False)  # weight (D, F)
 
-    def forward(
-        self, x: Tensor, tokens: Tensor | None = None, past: LayerCache | None = None
-    ) -> tuple[Tensor, None]:
-        """(..., D) to (..., D); what the sparse layer needs besides is taken and not looked at."""
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, None]:
+        """(..., D) to (..., D); tokens are taken for the sparse layer's sake and not looked at."""
         dtype = compute_dtype(x)
         one_pass = self.gated and dtype in kernels.DTYPES
         if one_pass and kernels.usable(x, self.gate_up.weight, self.down.weight):

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from nano_moe.config import ModelConfig
 from nano_moe.model.attention import Attention, rope_tables
-from nano_moe.model.cache import Cache, LayerCache
 from nano_moe.model.ffn import FFN
 from nano_moe.model.latent_attention import LatentAttention
 from nano_moe.model.moe import MoE
@@ -37,10 +36,10 @@ class Block(nn.Module):
             self.ffn = FFN(config.d_model, config.d_ff, config.activation)
 
     def forward(
-        self, x: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor, past: LayerCache | None = None
+        self, x: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Routing | None]:
-        x = x + self.attention(self.attention_norm(x), cos, sin, past)
-        y, routing = self.ffn(self.ffn_norm(x), tokens, past)
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        y, routing = self.ffn(self.ffn_norm(x), tokens)
         return x + y, routing
 
 
@@ -73,34 +72,24 @@ class GPT(nn.Module):
         """The router of each sparse layer, in order."""
         return [block.ffn.router for block in self.blocks if isinstance(block.ffn, MoE)]
 
-    def forward(
-        self, tokens: Tensor, cache: Cache | None = None
-    ) -> tuple[Tensor, list[Routing | None]]:
+    def forward(self, tokens: Tensor) -> tuple[Tensor, list[Routing | None]]:
         """tokens (B, T) int64 to logits (B, T, V), and per layer its routing (None: dense).
 
-        With a cache they are the tokens after those that it holds, and it holds them from now on;
-        `cache.keep` must follow. Raises ValueError when all are longer than the recipe's context.
+        Raises ValueError when T is longer than the recipe's context.
         """
-        cos, sin = self._tables(tokens.shape[1], cache)
+        length = tokens.shape[1]
+        if length > self.config.context:
+            raise ValueError(f"{length} tokens are more than context={self.config.context}")
         x = self.embedding(tokens)  # (B, T, D)
         routings: list[Routing | None] = []
-        for layer, block in enumerate(self.blocks):
-            past = None if cache is None else cache.layers[layer]
-            inputs = (x, tokens, cos, sin, past)
+        for block in self.blocks:
+            inputs = (x, tokens, self.cos[:length], self.sin[:length])
             if self.activation_checkpointing and self.training:
                 x, routing = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, routing = block(*inputs)
             routings.append(routing)
         return self.head(self.norm(x)), routings
-
-    def _tables(self, length: int, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        if cache is not None:
-            cache.read(length)
-            return cache.tables(self.cos, self.sin)
-        if length > self.config.context:
-            raise ValueError(f"{length} tokens are more than context={self.config.context}")
-        return self.cos[:length], self.sin[:length]
 
 
 @torch.no_grad()

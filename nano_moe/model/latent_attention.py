@@ -1,17 +1,17 @@
 """Causal multi-head latent attention (MLA) with rotary positions.
 
 Shapes: B batch, T time, D d_model, H heads, C nope width, R rope width, V value width,
-L width of the latent of keys and values, S positions held and new.
+L width of the latent of keys and values.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nano_moe.config import ModelConfig
-from nano_moe.model.attention import attend, rotate
-from nano_moe.model.cache import LayerCache
+from nano_moe.model.attention import rotate
 from nano_moe.model.ops import RMSNorm
 
 
@@ -51,18 +51,14 @@ class LatentAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past: LayerCache | None = None
-    ) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         q = self._queries(x, cos, sin)
         mla = self.mla
         widths = [mla.kv_lora_rank, mla.qk_rope_head_dim]
         latent, rope = self.kv_a_proj(x).split(widths, dim=-1)
-        latent, rope = self.kv_a_norm(latent), rotate(rope.unsqueeze(1), cos, sin)  # (B, 1, T, R)
-        if past is not None:  # latents, which are small, are kept, and not what is made of them
-            latent, rope = past.extend("latents", latent), past.extend("rotated", rope)
-        keys_values = self._heads(self.kv_b_proj(latent))  # (B, H, S, C + V)
+        rope = rotate(rope.unsqueeze(1), cos, sin)  # (B, 1, T, R)
+        keys_values = self._heads(self.kv_b_proj(self.kv_a_norm(latent)))  # (B, H, T, C + V)
         nope, v = keys_values.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=-1)
         k = torch.cat([nope, rope.expand(*nope.shape[:-1], -1)], dim=-1)
-        y = attend(q.to(v.dtype), k.to(v.dtype), v, past)
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).flatten(-2))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nano_moe.config import ModelConfig
-from nano_moe.model.cache import LayerCache
 from nano_moe.model.experts import Experts
 from nano_moe.model.ffn import FFN
 from nano_moe.model.router import make_router
@@ -29,20 +28,15 @@ class MoE(nn.Module):
         moe, width, act = config.moe, config.expert_width, config.activation
         self.capacity_factor = moe.capacity_factor
         self.router = make_router(config, layer)
-        self.experts: nn.Module = Experts(moe.n_experts, config.d_model, width, moe.backend, act)
+        self.experts = Experts(moe.n_experts, config.d_model, width, moe.backend, act)
         n_shared = moe.n_shared_experts
         self.shared = FFN(config.d_model, n_shared * width, act) if n_shared else None
         gated = moe.shared_expert_gate
         self.shared_gate = nn.Linear(config.d_model, 1, bias=False) if gated else None
 
-    def forward(
-        self, x: Tensor, tokens: Tensor | None = None, past: LayerCache | None = None
-    ) -> tuple[Tensor, Routing]:
-        """x (B, T, D) and the tokens' ids (B, T), which hash routing needs; (B, T, D).
-
-        `past` is for routers that see more than the token.
-        """
-        routing = self.router(x, tokens, past)
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x (B, T, D) and the tokens' ids (B, T), which hash routing needs; (B, T, D)."""
+        routing = self.router(x, tokens)
         if self.training and self.capacity_factor is not None:
             routing = drop_overflow(routing, x.shape[0], self.capacity_factor)
         y = self.experts(x.reshape(-1, x.shape[-1]), routing).view_as(x)

@@ -1,7 +1,6 @@
 """Routers: modules from hidden states to a `Routing`; one per way of choosing.
 
-Shapes: B sequences, T time, N = B*T tokens, D d_model, E experts, K top_k, W router_window,
-S positions held and new.
+Shapes: B sequences, T time, N = B*T tokens, D d_model, E experts, K top_k, W router_window.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nano_moe.config import ModelConfig, MoEConfig
-from nano_moe.model.cache import LayerCache
 from nano_moe.model.ops import at_least_float32
 from nano_moe.model.routing import (
     Routing,
@@ -79,7 +77,7 @@ class Router(Scaling):
             self.expert_bias = exact.to(moved.device)
         return self
 
-    def logits(self, x: Tensor, past: LayerCache | None = None) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """(B, T, D) to (N, E), in at least float32; jitter and noise in training only.
 
         Jitter scales the router's own input (Fedus et al. 2021, app. C); noise has a learned
@@ -90,20 +88,12 @@ class Router(Scaling):
             if self.training and self.moe.router_jitter:
                 jitter = self.moe.router_jitter
                 wide = wide * torch.empty_like(wide).uniform_(1 - jitter, 1 + jitter)
-            seen = self._seen(wide, past).flatten(0, -2)  # (N, W*D)
+            seen = causal_window(wide, self.moe.router_window).flatten(0, -2)  # (N, W*D)
             logits = F.linear(seen, self.weight.to(wide.dtype))
             if self.training and self.noise is not None:
                 spread = F.softplus(F.linear(seen, self.noise.to(wide.dtype)))
                 logits = logits + torch.randn_like(logits) * spread
             return logits
-
-    def _seen(self, x: Tensor, past: LayerCache | None) -> Tensor:  # (B, T, D) -> (B, T, W*D)
-        width = self.moe.router_window
-        if past is None or width == 1:
-            return causal_window(x, width)
-        windows = causal_window(past.extend("router", x), width)  # (B, S, W*D)
-        at = past.cache.positions.unsqueeze(-1).expand(-1, -1, windows.shape[-1])
-        return windows.gather(1, at)
 
     def select(self, scores: Tensor) -> Tensor:  # (N, E) -> (N, K)
         if self.expert_bias is not None:
@@ -114,10 +104,8 @@ class Router(Scaling):
             )
         return best_experts(scores, self.moe.top_k)
 
-    def forward(
-        self, x: Tensor, tokens: Tensor | None = None, past: LayerCache | None = None
-    ) -> Routing:  # (B, T, D), (B, T)
-        logits = self.logits(x, past)
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Routing:  # (B, T, D), (B, T)
+        logits = self.logits(x)
         scores = scores_of(logits, self.moe.score)
         ids = self.select(scores.detach())
         weights = gate_weights(scores.gather(-1, ids), self.normalize)
@@ -138,10 +126,8 @@ class ExpertChoiceRouter(Router):
     it takes E/K times the memory that it needs. Zhou et al. 2022, sec. 3.2.
     """
 
-    def forward(
-        self, x: Tensor, tokens: Tensor | None = None, past: LayerCache | None = None
-    ) -> Routing:  # (B, T, D)
-        logits = self.logits(x, past)
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Routing:  # (B, T, D)
+        logits = self.logits(x)
         scores = scores_of(logits, self.moe.score)
         n_tokens, n_experts = scores.shape
         kept = experts_choose(scores.detach(), max(1, n_tokens * self.moe.top_k // n_experts))
@@ -172,9 +158,7 @@ class HashRouter(Scaling):
         table = hash_table(config.vocab_size, self.n_experts, top_k, layer)
         self.register_buffer("table", table)  # (V, K)
 
-    def forward(
-        self, x: Tensor, tokens: Tensor | None = None, past: LayerCache | None = None
-    ) -> Routing:  # (B, T, D), (B, T)
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Routing:  # (B, T, D), (B, T)
         assert tokens is not None, "a hash router needs the tokens' ids"
         ids = self.table[tokens.flatten()]  # (N, K)
         weights = torch.full_like(ids, 1, dtype=at_least_float32(x).dtype) / ids.shape[-1]

@@ -21,7 +21,6 @@ from nano_moe.footprint import peak
 from nano_moe.memory import keep_freed_memory, return_freed_memory
 from nano_moe.runs import Run, check_corpus, check_recipe, describe, read_checkpoint, write_json
 from nano_moe.text.store import Corpus
-from nano_moe.training.alarm import Alarm
 from nano_moe.training.checkpoint import AtomicCheckpointIO, SaveLast
 from nano_moe.training.clock import Clock
 from nano_moe.training.data import TokenData
@@ -69,12 +68,10 @@ def fit(
     recorder = Recorder(run, start)
     telemetry = Telemetry(recorder, clock, recipe, precision)
     validation = Validation(run, corpus, recorder, clock, precision)
-    top_k = 0 if recipe.model.moe is None else recipe.model.moe.top_k
-    alarm = Alarm(top_k, recipe.trainer.log_every, progress)
-    bar = Progress(recipe.tokens_per_step, clock, validation, alarm, progress)
+    bar = Progress(recipe.tokens_per_step, clock, validation, progress)
     save = SaveLast(run, recipe.trainer.save_every, stop, clock)
     trainer = _trainer(
-        recipe, device, precision, [stop, telemetry, validation, alarm, bar, save, *watchers]
+        recipe, device, precision, [stop, telemetry, validation, bar, save, *watchers]
     )
     torch.manual_seed(recipe.seed)  # a resumed run's state comes from its checkpoint
     module = Decoder(recipe)

@@ -1,4 +1,4 @@
-"""The training progress bar: loss, tokens per second, the busiest expert's share, time left."""
+"""The training progress bar: loss, tokens per second, time left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import lightning as L
 from tqdm import tqdm
 
-from nano_moe.training.alarm import Alarm
 from nano_moe.training.clock import Clock
 from nano_moe.training.step_callback import StepCallback
 
@@ -15,11 +14,9 @@ from nano_moe.training.step_callback import StepCallback
 class Progress(StepCallback):
     """One line on stderr, a tick per optimizer step."""
 
-    def __init__(
-        self, tokens_per_step: int, clock: Clock, validation: Any, alarm: Alarm, enabled: bool
-    ):
-        self.tokens_per_step, self.clock, self.enabled = tokens_per_step, clock, enabled
-        self.validation, self.alarm = validation, alarm
+    def __init__(self, tokens_per_step: int, clock: Clock, validation: Any, enabled: bool):
+        self.tokens_per_step, self.clock = tokens_per_step, clock
+        self.validation, self.enabled = validation, enabled
         self.bar: tqdm[Any] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -40,8 +37,6 @@ class Progress(StepCallback):
         step, seconds = trainer.global_step, self.clock.read()
         rate = (step - self._from[0]) * self.tokens_per_step / max(seconds - self._from[1], 1e-9)
         figures = {"ce": f"{outputs['ce'].item():.3f}", "tok/s": f"{rate:,.0f}"}
-        if self.alarm.worst_share is not None:
-            figures["top expert"] = f"{self.alarm.worst_share:.0%}"
         if self.validation.latest is not None:
             figures["val"] = f"{self.validation.latest.overall.ce:.3f}"
         self.bar.set_postfix(figures, refresh=False)

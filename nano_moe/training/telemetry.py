@@ -8,11 +8,7 @@
     moe/layer<l>/<figure>     max_vio, load_entropy, max_share, dead_experts, router_entropy,
                               dropped_share, bias_spread and the raw terms of one layer
     moe_load/layer<l>/<e>     share of assignments that expert e took
-    by_<budget>/<loss>        train_ce and val_ce, the step being tokens, megaflops, milliseconds
-    val/max_vio               of the worst layer over the validation split
     optim/lr/<group>, grad_norm/<part>, speed/tokens_per_second, speed/mfu
-
-Texts, HParams, layouts and images: `logbook.py`.
 
 Shapes: L sparse layers, E experts.
 """
@@ -24,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
@@ -35,7 +30,6 @@ from nano_moe.files import write_text
 from nano_moe.model.balance import load_statistics
 from nano_moe.runs import Run
 from nano_moe.training.clock import Clock
-from nano_moe.training.logbook import by_budget, describe_run
 from nano_moe.training.step_callback import StepCallback
 
 COLUMNS = (
@@ -83,35 +77,12 @@ class Recorder:
             _drop_rows_after(self.path, resumed_at)
         purge = None if resumed_at is None else resumed_at + 1
         self.events = SummaryWriter(log_dir=str(run.path), purge_step=purge)
-        if purge is None:
-            describe_run(self.events, run)
-        else:
-            self._write_again(purge)
 
-    def write(
-        self,
-        step: int,
-        row: dict[str, float],
-        scalars: dict[str, float],
-        images: dict[str, np.ndarray] | None = None,
-    ) -> None:
+    def write(self, step: int, row: dict[str, float], scalars: dict[str, float]) -> None:
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"step": step, **row})
         for tag, value in scalars.items():
             self.events.add_scalar(tag, value, step)
-        for tag, value, place in by_budget(row):
-            self.events.add_scalar(tag, value, place)
-        for tag, image in (images or {}).items():
-            self.events.add_image(tag, image, step, dataformats="HWC")
-
-    def _write_again(self, purge: int) -> None:
-        """What the purge has hidden although it came before: places are larger than steps."""
-        with open(self.path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                figures = {name: float(value) for name, value in row.items() if value}
-                for tag, value, place in by_budget(figures):
-                    if place >= purge:
-                        self.events.add_scalar(tag, value, place)
 
     def close(self) -> None:
         self.events.close()

@@ -11,7 +11,6 @@ from nano_moe.evaluation import Evaluation, evaluate
 from nano_moe.runs import Run
 from nano_moe.text.store import Corpus
 from nano_moe.training.clock import Clock
-from nano_moe.training.logbook import routing_images
 from nano_moe.training.module import NonFiniteTraining
 from nano_moe.training.step_callback import StepCallback
 from nano_moe.training.telemetry import Recorder, budget
@@ -65,10 +64,7 @@ class Validation(StepCallback):
         )
         figures = {"val/ce": scored.overall.ce, "val/bpb": scored.overall.bpb}
         domains = {f"val_bpb/{name}": score.bpb for name, score in scored.domains.items()}
-        if scored.routing:
-            domains["val/max_vio"] = max(layer["max_vio"] for layer in scored.routing)
-        images = routing_images(scored.routing, self.corpus.domains)
-        self.recorder.write(step, {**row, **figures}, {**figures, **domains}, images)
+        self.recorder.write(step, {**row, **figures}, {**figures, **domains})
         self.latest = scored
         if not math.isfinite(scored.overall.ce):
             raise NonFiniteTraining(f"step {step}: validation loss is {scored.overall.ce:g}")
