@@ -26,13 +26,11 @@ effect that the study's file names; *reversed*: the same on the other side; *not
 interval lies within that effect on either side; else *undecided at this scale*. Intervals are
 Student's t over differences paired by seed, each for itself: of many claims, one in twenty would
 seem to show something if none did. *Could have seen*: the smallest mean that this n and spread tell
-from zero. Losses are of the whole validation split, mean ± standard deviation over seeds. Seconds
-and memory are medians, seconds of trainings of one thread, side by side; memory is what a process
-came to hold beyond what it held at its start. What else the machine did is in the seconds, so those
-of two studies do not compare; memory in bf16 includes products that oneDNN compiles for experts as
-loads wander, so that experts may hold more than in fp32. bf16 is autocast over fp32 weights (see
-Precision).
-Studies share runs: a recipe is trained once per seed, whichever claims it bears on.
+from zero. Losses are of the whole validation split, mean ± standard deviation over seeds. Memory is
+a median: what a process came to hold beyond what it held at its start. In bf16 it includes products
+that oneDNN compiles for experts as loads wander, so that experts may hold more than in fp32. bf16
+is autocast over fp32 weights (see Precision). Studies share runs: a recipe is trained once per
+seed, whichever claims it bears on.
 """
 
 

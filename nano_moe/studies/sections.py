@@ -291,8 +291,12 @@ def _provenance(found: Found, content: Mapping[str, Any]) -> str:
     recipes = (member["recipe"]["trainer"] for member in content["members"].values())
     precisions = " and ".join(sorted({trainer["precision"] for trainer in recipes}))
     rule = f"committed as {commit[:12]}" if commit else "not committed before the runs"
+    dirty = sum(run["git_commit"].endswith("+dirty") for run in runs if run["git_commit"])
+    changed = (
+        f"{dirty} of {len(runs)} runs from sources with uncommitted changes; " if dirty else ""
+    )
     return (
-        f"Seeds {seeds}; {precisions}; {machines}, torch {torches}; rule "
+        f"Seeds {seeds}; {precisions}; {machines}, torch {torches}; {changed}rule "
         f"`{content['rule'][:12]}`, {rule}. Raw figures: "
         f"[{found.name}.json]({found.name}.json); `make verify STUDY={found.name}` trains one run "
         "again.\n"
