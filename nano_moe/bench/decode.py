@@ -26,6 +26,7 @@ from nano_moe.bench.timing import QUICK as QUICK_ROUNDS
 from nano_moe.bench.timing import Budget, Case, Spread, Timings, interleave
 from nano_moe.config import Recipe
 from nano_moe.inference.decoding import Decoding
+from nano_moe.inference.sampling import likeliest
 from nano_moe.model.gpt import GPT, init_weights
 
 Side = Callable[[Tensor, int], list[list[int]]]  # prompts (B, P) and N to B continuations of N
@@ -110,7 +111,7 @@ def greedy(model: GPT, prompts: Tensor, n_new: int) -> list[list[int]]:
     """The likeliest continuation of each prompt (B, P), token by token: B lists of N."""
     decoding, made = Decoding(model, prompts.tolist()), []
     for _ in range(n_new):
-        made.append(decoding.next_logits().argmax(-1).tolist())
+        made.append(likeliest(decoding.next_logits()))
         decoding.append(made[-1], [True] * len(prompts))
     return [list(row) for row in zip(*made, strict=True)]
 

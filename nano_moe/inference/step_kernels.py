@@ -30,7 +30,7 @@ _SOURCES = (kernels.__file__, tiles.__file__)
 _DATE = zlib.crc32(b"".join(Path(source).read_bytes() for source in _SOURCES))
 
 
-def _kernel(function: Any) -> Kernel:
+def kernel(function: Any) -> Kernel:
     """A `Kernel` that is compiled anew when what it inlines of other files has changed.
 
     A kernel on disk is found by its name, and dated by its own file alone.
@@ -63,14 +63,14 @@ def _dot(one: Any, other: Any) -> Any:
     return total
 
 
-@_kernel
+@kernel
 def linear(x: Any, w: Any, y: Any) -> None:
     """y = x @ w.T: x (B, I), w (O, I), y (B, O)."""
     for block in prange((len(w) + _BLOCK - 1) // _BLOCK):
         _products(x, w, y, 0, len(x), block * _BLOCK, min((block + 1) * _BLOCK, len(w)))
 
 
-@_kernel
+@kernel
 def attention(
     q: Any,
     k: Any,
@@ -139,7 +139,7 @@ def _shares(scores: Any, scale: Any) -> Any:
     return total
 
 
-@_kernel
+@kernel
 def score(logits: Any, softmax: Any) -> None:
     """Router logits (B, E) to their softmax or sigmoid, in their place."""
     for b in range(len(logits)):
@@ -153,7 +153,7 @@ def score(logits: Any, softmax: Any) -> None:
                 row[e] = _f32(1) / (_f32(1) + exp(-row[e]))
 
 
-@_kernel
+@kernel
 def assign(
     x: Any,
     scores: Any,
@@ -185,7 +185,7 @@ def assign(
     starts[len(scale)] = m
 
 
-@_kernel
+@kernel
 def expand(rows: Any, starts: Any, first: Any, gated: Any, product: Any, hidden: Any) -> None:
     """First products and activation of each expert's rows: SwiGLU, or GELU where not `gated`.
 
@@ -216,7 +216,7 @@ def _activate(product: Any, hidden: Any, lo: Any, hi: Any, gated: Any) -> None:
             hidden[j] = half * (_f32(1) + math.erf(product[j] * _f32(0.5**0.5)))
 
 
-@_kernel
+@kernel
 def contract(
     hidden: Any, starts: Any, token: Any, weight: Any, down: Any, product: Any, x: Any
 ) -> None:
