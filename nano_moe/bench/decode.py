@@ -120,17 +120,12 @@ class Theirs:
     """The class of transformers that a model exports to, with its weights."""
 
     def __init__(self, model: GPT):
-        from nano_moe.export.families import FAMILIES, family_of, model_of
-        from nano_moe.export.hugging_face import quiet
-        from nano_moe.export.tensors import without_training
-        from nano_moe.export.weights import weights_of
+        from nano_moe.export.families import family_of
+        from nano_moe.export.hugging_face import as_theirs, quiet
 
         quiet()
         self.family = family_of(model.config)
-        scales, state = FAMILIES[self.family].scales, model.state_dict()
-        config, state = without_training(model.config, state, scales=scales)
-        self.decoder = model_of(self.family, config)
-        self.decoder.load_state_dict(weights_of(self.family, config, state))
+        config, self.decoder = as_theirs(model, self.family)
         self.decoder.generation_config.eos_token_id = None
         self.choices = IMPLEMENTATIONS if config.moe is not None else ()
         self.taken = ""
