@@ -67,7 +67,25 @@ def _dot(one: Any, other: Any) -> Any:
 def linear(x: Any, w: Any, y: Any) -> None:
     """y = x @ w.T: x (B, I), w (O, I), y (B, O)."""
     for block in prange((len(w) + _BLOCK - 1) // _BLOCK):
-        _products(x, w, y, 0, len(x), block * _BLOCK, min((block + 1) * _BLOCK, len(w)))
+        _block(x, w, y, block)
+
+
+@njit(**INLINE)
+def _block(x: Any, w: Any, y: Any, block: Any) -> None:
+    _products(x, w, y, 0, len(x), block * _BLOCK, min((block + 1) * _BLOCK, len(w)))
+
+
+@kernel
+def project(x: Any, w_q: Any, w_k: Any, w_v: Any, q: Any, k: Any, v: Any) -> None:
+    """`linear` three times: w_k and w_v are equally high."""
+    n_q, n_k = (len(w_q) + _BLOCK - 1) // _BLOCK, (len(w_k) + _BLOCK - 1) // _BLOCK
+    for block in prange(n_q + 2 * n_k):
+        if block < n_q:
+            _block(x, w_q, q, block)
+        elif block < n_q + n_k:
+            _block(x, w_k, k, block - n_q)
+        else:
+            _block(x, w_v, v, block - n_q - n_k)
 
 
 @kernel
