@@ -1,7 +1,7 @@
 """Kernels of decoding: few rows against all weights, so each weight is read once and in order.
 
 What memory gives is most of what a step costs: weights are asked for while those before them are
-still at work (`tiles.py`). Every output belongs to one thread.
+still at work (`tiles.py`). What two threads both write, at the edge of their parts, has equal bits.
 
 Shapes: B rows, D d_model, I and O in and out widths, E experts, K top_k, F hidden width, H query
 heads, G key/value heads, C head width, T context, R places held per row, S of them seen, M
