@@ -106,6 +106,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(values, p, k):
 def test_equal_likelihoods_are_cut_to_as_many_as_are_needed():
     assert (distribution(torch.zeros(8), top_p=0.5) > 0).sum() == 4
     assert (distribution(torch.zeros(8), top_k=3) > 0).sum() == 3
+    one_above = distribution(torch.tensor([1.0, 2.0, 1.0, 1.0]), top_k=2)
+    assert (one_above > 0).tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-30])
