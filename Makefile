@@ -19,7 +19,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 # What was given on make's command line and is no variable of this file goes to the recipe.
 # (make takes `a.b=c` as a variable of its own, so a plain target would silently drop it.)
-OWN := RECIPE RUN RUNS TO OUT QUANT FROM STUDY TIER DENSE SPARSE STEP_RATIO NAME PROMPT PORT PYTHON TORCH_ARGS VENV ARGS LITGPT_PYTHON
+OWN := RECIPE RUN RUNS TO OUT QUANT FROM CONTEXT STUDY TIER DENSE SPARSE STEP_RATIO NAME PROMPT PORT PYTHON TORCH_ARGS VENV ARGS LITGPT_PYTHON
 # Only the command line counts: a NAME or PORT of the shell's environment is not meant for us.
 given = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
 quote = '$(subst ','\'',$(1))'
@@ -58,9 +58,10 @@ export: $(STAMP) ## RUN as the Hugging Face folder OUT; TO=gguf (QUANT=q8_0 …)
 	$(call needs,RUN)$(call needs,OUT)@$(NANO) export $(call quote,$(RUN)) --to $(call quote,$(TO)) \
 		$(call quote,$(OUT)) $(if $(call given,QUANT),--quant $(call quote,$(QUANT)))
 
-import: $(STAMP) ## the Hugging Face folder FROM as a run (NAME=…; RECIPE=… for text of a foreign one)
+import: $(STAMP) ## the Hugging Face folder FROM as a run (NAME=…, CONTEXT=…; RECIPE=… for text of a foreign one)
 	$(call needs,FROM)@$(NANO) import $(call quote,$(FROM)) $(if $(call given,NAME),--name $(call quote,$(NAME))) \
-		$(if $(call given,RECIPE),--recipe $(call quote,$(RECIPE)))
+		$(if $(call given,RECIPE),--recipe $(call quote,$(RECIPE))) \
+		$(if $(call given,CONTEXT),--context $(call quote,$(CONTEXT)))
 
 compare: $(STAMP) ## RUNS="a b" side by side at equal tokens, FLOPs and seconds
 	$(call needs,RUNS)@$(NANO) compare $(foreach r,$(RUNS),$(call quote,$(r)))

@@ -8,12 +8,8 @@ from torch import nn
 
 from nano_moe.config import ModelConfig, MoEConfig
 from nano_moe.errors import UserError
-from nano_moe.inference.generate import (
-    check_sampling,
-    generate,
-    generate_all,
-    next_token_probabilities,
-)
+from nano_moe.inference import sampling
+from nano_moe.inference.generate import check_sampling, generate, generate_all
 from nano_moe.model.gpt import GPT, init_weights
 from nano_moe.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
@@ -58,7 +54,8 @@ def draw(model, prompt: str = "ab", **settings) -> list[str]:
 
 
 def distribution(logits, temperature=1.0, top_k=None, top_p=1.0) -> torch.Tensor:
-    return next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    cut = {"top_k": top_k, "top_p": top_p}
+    return sampling.next_token_probabilities(logits[None], temperature=temperature, **cut)[0]
 
 
 # Apart from one another, so that rounding decides no order.
@@ -109,9 +106,11 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(values, p, k):
 def test_equal_likelihoods_are_cut_to_as_many_as_are_needed():
     assert (distribution(torch.zeros(8), top_p=0.5) > 0).sum() == 4
     assert (distribution(torch.zeros(8), top_k=3) > 0).sum() == 3
+    one_above = distribution(torch.tensor([1.0, 2.0, 1.0, 1.0]), top_k=2)
+    assert (one_above > 0).tolist() == [True, True, False, False]
 
 
-@pytest.mark.parametrize("temperature", [0, 1e-3, 1e-12, 1e-30])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-30])
 def test_the_coldest_draw_is_the_likeliest_token(temperature):
     logits = torch.tensor([1.0, 30.0, -1e4, 29.0])
     found = distribution(logits, temperature)
@@ -273,6 +272,46 @@ def test_a_setting_too_small_for_float32_is_the_likeliest_token(settings):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_logits_that_are_not_finite_are_refused(temperature):
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_logits_that_are_not_finite_are_refused(temperature, value):
+    logits = torch.tensor([[0.0, 1.0], [0.0, float(value)]])
+    dice = [torch.Generator(), torch.Generator()]
     with pytest.raises(UserError, match="diverged"):
-        distribution(torch.tensor([0.0, float("nan")]), temperature)
+        sampling.draw(logits, dice, temperature=temperature, top_k=None, top_p=1.0)
+
+
+def test_greedy_takes_the_first_of_equals_and_no_number():
+    logits = torch.tensor([[1.0, 3.0, 3.0, -9.0], [-2.0, -1.0, -5.0, -1.0]])
+    assert sampling.likeliest(logits) == [1, 1] == sampling.likeliest(logits.repeat(1, 2)[:, :4])
+    dice = torch.Generator().manual_seed(1)
+    before = dice.get_state()
+    drawn = sampling.draw(logits, [dice, dice], temperature=0, top_k=None, top_p=1.0)
+    assert drawn == [1, 1] and torch.equal(dice.get_state(), before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 400), st.integers(0, 99), st.floats(0.1, 3), st.integers(1, 400),
+    st.floats(0.02, 1),
+)  # fmt: skip
+def test_the_distribution_is_that_of_sorting(n, seed, temperature, k, p):
+    """Against all tokens ranked in float64, at sizes that no vector divides."""
+    logits = 4 * torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    ranked, order = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    ranked[k:] = 0
+    before = (ranked.cumsum(-1) - ranked) / ranked.sum()
+    assume((before - p).abs().min() > 1e-6)  # rounding decides nothing
+    ranked[before >= p] = 0
+    expected = torch.zeros_like(ranked).scatter_(-1, order, ranked / ranked.sum())
+    found = distribution(logits, temperature, k, p)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-12)
+
+
+def test_each_number_takes_the_token_whose_share_it_falls_in(monkeypatch):
+    """Of a thousand even numbers, as many as its chance says; a token of chance 0 never."""
+    logits = torch.tensor([0.5, 0.2, 1e-30, 0.3]).log().repeat(1000, 1)
+    numbers = iter((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: next(numbers))
+    drawn = sampling.draw(logits, [None] * 1000, temperature=1.0, top_k=3, top_p=1.0)
+    assert [drawn.count(token) for token in range(4)] == [500, 200, 0, 300]
+    assert drawn == sorted(drawn)

@@ -26,6 +26,7 @@ from nano_moe.bench.timing import QUICK as QUICK_ROUNDS
 from nano_moe.bench.timing import Budget, Case, Spread, Timings, interleave
 from nano_moe.config import Recipe
 from nano_moe.inference.decoding import Decoding
+from nano_moe.inference.sampling import likeliest
 from nano_moe.model.gpt import GPT, init_weights
 
 Side = Callable[[Tensor, int], list[list[int]]]  # prompts (B, P) and N to B continuations of N
@@ -110,7 +111,7 @@ def greedy(model: GPT, prompts: Tensor, n_new: int) -> list[list[int]]:
     """The likeliest continuation of each prompt (B, P), token by token: B lists of N."""
     decoding, made = Decoding(model, prompts.tolist()), []
     for _ in range(n_new):
-        made.append(decoding.next_logits().argmax(-1).tolist())
+        made.append(likeliest(decoding.next_logits()))
         decoding.append(made[-1], [True] * len(prompts))
     return [list(row) for row in zip(*made, strict=True)]
 
@@ -119,17 +120,12 @@ class Theirs:
     """The class of transformers that a model exports to, with its weights."""
 
     def __init__(self, model: GPT):
-        from nano_moe.export.families import FAMILIES, family_of, model_of
-        from nano_moe.export.hugging_face import quiet
-        from nano_moe.export.tensors import without_training
-        from nano_moe.export.weights import weights_of
+        from nano_moe.export.families import family_of
+        from nano_moe.export.hugging_face import as_theirs, quiet
 
         quiet()
         self.family = family_of(model.config)
-        scales, state = FAMILIES[self.family].scales, model.state_dict()
-        config, state = without_training(model.config, state, scales=scales)
-        self.decoder = model_of(self.family, config)
-        self.decoder.load_state_dict(weights_of(self.family, config, state))
+        config, self.decoder = as_theirs(model, self.family)
         self.decoder.generation_config.eos_token_id = None
         self.choices = IMPLEMENTATIONS if config.moe is not None else ()
         self.taken = ""

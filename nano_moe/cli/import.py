@@ -18,6 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", help="text and training for a folder that was not exported here"
     )
+    parser.add_argument(
+        "--context", type=int, help="positions to keep, no more than the config's (default: all)"
+    )
     add_json(parser)
 
 
@@ -31,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from nano_moe.text.store import prepare
 
     source = importing.read(folder, rest)
-    recipe = importing.recipe_of(source, rest, folder)
+    recipe = importing.recipe_of(source, rest, folder, context=args.context)
     corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context) if rest else None
     made = importing.import_run(source, recipe, folder, name=name, corpus=corpus)
     if args.json:

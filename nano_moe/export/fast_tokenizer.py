@@ -1,7 +1,7 @@
 """Our tokenizers as Hugging Face's fast ones, and back where both do the same.
 
 Bytes are spelt as GPT-2 spells them: printable ones as themselves, the others as the characters
-from U+0100 on (`text.fast`). A tokenizer of a file goes out as that file.
+from U+0100 on (`text.spelling`). A tokenizer of a file goes out as that file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from nano_moe.errors import UserError
-from nano_moe.text.fast import BYTES, SPELLING, flat
+from nano_moe.text.spelling import BYTES, SPELLING, flat
 from nano_moe.text.tokenizer import (
     GPT2_SHA256,
     UNKNOWN,

@@ -58,10 +58,8 @@ def export(run: Run, target: Path) -> Result:
         tokenizer = Tokenizer.load(run.tokenizer_file)
         check_fits(tokenizer, recipe.model.vocab_size)
         notes = _notes(family, recipe.model)
-        config, state = without_training(
-            recipe.model, model.state_dict(), scales=FAMILIES[family].scales
-        )
-        theirs = _loaded(family, config, state, tokenizer)
+        config, theirs = as_theirs(model, family, **_ids(tokenizer))
+        theirs.generation_config = _generation(tokenizer, config)
         theirs.save_pretrained(folder)
         fast_tokenizer.write(tokenizer, config.context, folder)
         options = loading_options(config)
@@ -129,20 +127,30 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _loaded(
-    family: str, config: ModelConfig, state: dict[str, Tensor], tokenizer: Tokenizer
-) -> Any:
-    """Their model with our weights and the ids of our end token."""
+def as_theirs(model: GPT, family: str, **fields: Any) -> tuple[ModelConfig, Any]:
+    """Their model of a family with our weights, and the recipe of what it computes.
+
+    `fields` are added to their config.
+    """
+    scales, state = FAMILIES[family].scales, model.state_dict()
+    config, state = without_training(model.config, state, scales=scales)
+    theirs = model_of(family, config, **fields)
+    theirs.load_state_dict(weights_of(family, config, state))
+    return config, theirs
+
+
+def _ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What their configs say of our end token, and of all that end a text."""
     end, stops = tokenizer.end_id, list(tokenizer.stop_ids)
     eos = stops if len(stops) > 1 else stops[0]
-    ids: dict[str, Any] = {"bos_token_id": end, "eos_token_id": eos, "pad_token_id": end}
-    theirs = model_of(family, config, **ids)
-    theirs.load_state_dict(weights_of(family, config, state))
+    return {"bos_token_id": end, "eos_token_id": eos, "pad_token_id": end}
+
+
+def _generation(tokenizer: Tokenizer, config: ModelConfig) -> transformers.GenerationConfig:
     unused = list(range(tokenizer.n_vocab, config.vocab_size))
-    theirs.generation_config = transformers.GenerationConfig(
-        **ids, max_length=config.context, suppress_tokens=unused or None
+    return transformers.GenerationConfig(
+        **_ids(tokenizer), max_length=config.context, suppress_tokens=unused or None
     )
-    return theirs
 
 
 def _said_of(tokenizer: Tokenizer) -> str:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from pydantic import ValidationError
 from torch import Tensor
 
 from nano_moe import recipe_file, runs
-from nano_moe.config import DataConfig, Recipe
+from nano_moe.config import DataConfig, ModelConfig, Recipe
 from nano_moe.errors import UserError
 from nano_moe.export import fast_tokenizer
 from nano_moe.export.configs import UNSEEN, fault_of, first_difference, model_of_config
@@ -131,12 +132,33 @@ def read(folder: Path, rest: Recipe | None = None) -> Source:
     return Source(family, config, _weights(folder), tokenizer, provenance)
 
 
-def recipe_of(source: Source, rest: Recipe | None, where: Path) -> Recipe:
+def recipe_of(
+    source: Source, rest: Recipe | None, where: Path, *, context: int | None = None
+) -> Recipe:
     """The recipe of a folder; raises UserError where its config says more than a recipe can.
 
     What is not of the model comes from `rest`, else from the run that was exported; a tokenizer
-    that is a file's is the folder's own.
+    that is a file's is the folder's own. `context` shortens the config's: what a position is turned
+    by depends on it alone, so the first ones compute as before.
     """
+    recipe = _whole_recipe(source, rest, where)
+    longest = recipe.model.context
+    if context is None or context == longest:
+        return recipe
+    if not 1 <= context < longest:
+        raise UserError(
+            f"--context {context}: {where / 'config.json'} has max_position_embeddings: "
+            f"{longest}; name 1 to {longest}"
+        )
+    fields = recipe.model.model_dump() | {"context": context}
+    try:
+        model = ModelConfig.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(f"--context {context}: {fault_of(error)}") from error
+    return recipe.model_copy(update={"model": model})
+
+
+def _whole_recipe(source: Source, rest: Recipe | None, where: Path) -> Recipe:
     traits = traits_of(source.weights)
     model = model_of_config(source.family, source.config, traits, where / "config.json")
     if source.provenance is None:
@@ -203,6 +225,7 @@ def _manifest(
         "architecture": f"{source.family}ForCausalLM",
         "run": said["run"] if said else None,
         "step": said["step"] if said else 0,
+        "context": source.config.max_position_embeddings,
     }
     if said is not None and corpus is None:
         return said["manifest"] | {"imported": imported}

@@ -1,6 +1,6 @@
 """Continue prompts, token by token, as text that streams.
 
-Shapes: B prompts, T time, V vocabulary.
+Shapes: B prompts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,35 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nano_moe.errors import UserError
 from nano_moe.inference.decoding import Decoding
+from nano_moe.inference.sampling import draw
 from nano_moe.model.gpt import GPT
 from nano_moe.text.tokenizer import Tokenizer
-
-
-def next_token_probabilities(
-    logits: Tensor, *, temperature: float, top_k: int | None, top_p: float
-) -> Tensor:
-    """Logits (..., V) to the distributions to draw from: temperature, then top-k, then top-p.
-
-    Temperature 0 puts everything on the likeliest token. Top-p keeps the smallest set of
-    likeliest tokens whose mass reaches `top_p` (Holtzman et al. 2020, eq. 2-3).
-    """
-    if not torch.isfinite(logits).all():
-        raise UserError("the model's logits are not finite; this run diverged, use another")
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits.double()  # so that a tiny temperature or top-p does not round to 0
-    largest = logits.amax(-1, keepdim=True)
-    ranked, order = ((logits - largest) / temperature).sort(dim=-1, descending=True, stable=True)
-    ranked = ranked.softmax(-1)
-    if top_k is not None:
-        ranked[..., top_k:] = 0
-    before = ranked.cumsum(-1) - ranked
-    ranked[before >= top_p * ranked.sum(-1, keepdim=True)] = 0
-    return torch.zeros_like(logits).scatter_(-1, order, ranked / ranked.sum(-1, keepdim=True))
 
 
 def generate(
@@ -122,22 +99,6 @@ def _pieces(
             break
     for number, begun in enumerate(rows):
         yield number, begun.text.decode(b"", final=True)
-
-
-def draw(
-    logits: Tensor,
-    generators: Sequence[torch.Generator],
-    *,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-) -> list[int]:
-    """A token per row of logits (B, V), each by its own generator."""
-    chances = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    if temperature == 0:
-        return chances.argmax(-1).tolist()
-    pairs = zip(chances, generators, strict=True)
-    return [int(torch.multinomial(chance, 1, generator=generator)) for chance, generator in pairs]
 
 
 def check_sampling(

@@ -31,6 +31,7 @@ from nano_moe.model.router import Router
 
 Array = np.ndarray[Any, Any]
 SHARED = 2**19  # multiply-adds from which on a kernel is worth waking the other threads
+SLOWER = 8  # an attention's multiply-add takes as long: no key is met twice, and it has exponents
 # Rows up to which kernels beat PyTorch's products: any model's, and those times the width of one
 # that is so small that launching a product costs more than computing it.
 ROWS, ROWS_BY_WIDTH = 16, 2**14
@@ -110,16 +111,16 @@ class _Attention:
 
     def __call__(self, x: Array, places: Array, past: LayerCache) -> Array:
         """(B, D) to (B, D), the rows' new tokens at `places` (B,)."""
-        q, k, v = (self._heads(x, weight) for weight in (self.q, self.k, self.v))
+        weights = (self.q, self.k, self.v)
+        flat = [np.empty((len(x), len(weight)), np.float32) for weight in weights]
+        _run(step_kernels.project, x.size * sum(map(len, weights)), x, *weights, *flat)
+        q, k, v = (heads.reshape(len(x), -1, self.head_size) for heads in flat)
         keys, values = (_room(past, name, k.shape) for name in ("keys", "values"))
         scores = np.empty((*q.shape[:2], keys.shape[2]), np.float32)
-        y, work = np.empty_like(q), 2 * q.size * past.cache.end
+        y, work = np.empty_like(q), 2 * SLOWER * q.size * past.cache.end
         where = (*self.norms, self.eps, *self.tables, places)
         _run(step_kernels.attention, work, q, k, v, *where, keys, values, scores, y)
         return _linear(y.reshape(len(x), -1), self.o)
-
-    def _heads(self, x: Array, weight: Array) -> Array:  # (B, D) -> (B, H or G, C)
-        return _linear(x, weight).reshape(len(x), -1, self.head_size)
 
 
 def _room(past: LayerCache, name: str, shape: tuple[int, ...]) -> Array:

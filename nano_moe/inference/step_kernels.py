@@ -1,7 +1,7 @@
 """Kernels of decoding: few rows against all weights, so each weight is read once and in order.
 
-With one row a product is as fast as memory gives its weights; with more, a tile of two weight rows
-and four rows is kept in registers. Every output belongs to one thread.
+What memory gives is most of what a step costs: weights are asked for while those before them are
+still at work (`tiles.py`). What two threads both write, at the edge of their parts, has equal bits.
 
 Shapes: B rows, D d_model, I and O in and out widths, E experts, K top_k, F hidden width, H query
 heads, G key/value heads, C head width, T context, R places held per row, S of them seen, M
@@ -18,16 +18,20 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from nano_moe.inference import tiles
+from nano_moe.inference.tiles import OUTPUTS, ROWS, fetch, mix, tile
 from nano_moe.model import kernels
 from nano_moe.model.kernels import INLINE, Kernel, exp, inverse_rms, largest_of
 
 _f32 = np.float32
+_SHORT = 256  # rows of weights that end before hardware has begun to look ahead
 _BLOCK = 16  # hidden units that one thread computes at a time, for vectors to be whole
-_DATE = zlib.crc32(Path(kernels.__file__).read_bytes())
+_SOURCES = (kernels.__file__, tiles.__file__)
+_DATE = zlib.crc32(b"".join(Path(source).read_bytes() for source in _SOURCES))
 
 
-def _kernel(function: Any) -> Kernel:
-    """A `Kernel` that is compiled anew when what it inlines of `model/kernels.py` has changed.
+def kernel(function: Any) -> Kernel:
+    """A `Kernel` that is compiled anew when what it inlines of other files has changed.
 
     A kernel on disk is found by its name, and dated by its own file alone.
     """
@@ -36,53 +40,55 @@ def _kernel(function: Any) -> Kernel:
 
 
 @njit(**INLINE)
-def _tile(x: Any, w: Any, y: Any, b: Any, one: Any, two: Any) -> None:
-    """Outputs `one` and `two` of rows b to b + 3."""
-    p, q = w[one], w[two]
-    r, s, t, u = x[b], x[b + 1], x[b + 2], x[b + 3]
-    pr = ps = pt = pu = qr = qs = qt = qu = _f32(0)
-    for i in range(w.shape[1]):
-        pr += p[i] * r[i]
-        ps += p[i] * s[i]
-        pt += p[i] * t[i]
-        pu += p[i] * u[i]
-        qr += q[i] * r[i]
-        qs += q[i] * s[i]
-        qt += q[i] * t[i]
-        qu += q[i] * u[i]
-    y[b, one], y[b + 1, one], y[b + 2, one], y[b + 3, one] = pr, ps, pt, pu
-    y[b, two], y[b + 1, two], y[b + 2, two], y[b + 3, two] = qr, qs, qt, qu
+def _products(x: Any, w: Any, y: Any, first: Any, last: Any, lo: Any, hi: Any) -> None:
+    """Outputs [lo, hi), up to three more, of rows [first, last): x (., I), w (O, I), y (., O)."""
+    if len(w) < OUTPUTS:
+        for b in range(first, last):
+            for o in range(lo, hi):
+                y[b, o] = _dot(x[b], w[o])
+        return
+    for o in range(lo, hi, OUTPUTS):
+        if w.shape[1] <= _SHORT:
+            for row in range(o + OUTPUTS, o + 2 * OUTPUTS):
+                fetch(w, row)
+        for b in range(first, last, ROWS):
+            tile(x, w, y, b, min(ROWS, last - b), min(o, len(w) - OUTPUTS))
 
 
 @njit(**INLINE)
-def _pair(x: Any, w: Any, y: Any, b: Any, one: Any, two: Any) -> None:
-    """Outputs `one` and `two` of row b."""
-    p, q, r = w[one], w[two], x[b]
-    pr = qr = _f32(0)
-    for i in range(w.shape[1]):
-        pr += p[i] * r[i]
-        qr += q[i] * r[i]
-    y[b, one], y[b, two] = pr, qr
+def _dot(one: Any, other: Any) -> Any:
+    total = _f32(0)
+    for i in range(len(one)):
+        total += one[i] * other[i]
+    return total
 
 
-@njit(**INLINE)
-def _outputs(x: Any, w: Any, y: Any, first: Any, last: Any, one: Any, two: Any) -> None:
-    """Outputs `one` and `two` of rows [first, last): x (., I), w (O, I), y (., O)."""
-    tiled = last - (last - first) % 4
-    for b in range(first, tiled, 4):
-        _tile(x, w, y, b, one, two)
-    for b in range(tiled, last):
-        _pair(x, w, y, b, one, two)
-
-
-@_kernel
+@kernel
 def linear(x: Any, w: Any, y: Any) -> None:
     """y = x @ w.T: x (B, I), w (O, I), y (B, O)."""
-    for pair in prange((len(w) + 1) // 2):
-        _outputs(x, w, y, 0, len(x), 2 * pair, min(2 * pair + 1, len(w) - 1))
+    for block in prange((len(w) + _BLOCK - 1) // _BLOCK):
+        _block(x, w, y, block)
 
 
-@_kernel
+@njit(**INLINE)
+def _block(x: Any, w: Any, y: Any, block: Any) -> None:
+    _products(x, w, y, 0, len(x), block * _BLOCK, min((block + 1) * _BLOCK, len(w)))
+
+
+@kernel
+def project(x: Any, w_q: Any, w_k: Any, w_v: Any, q: Any, k: Any, v: Any) -> None:
+    """`linear` three times: w_k and w_v are equally high."""
+    n_q, n_k = (len(w_q) + _BLOCK - 1) // _BLOCK, (len(w_k) + _BLOCK - 1) // _BLOCK
+    for block in prange(n_q + 2 * n_k):
+        if block < n_q:
+            _block(x, w_q, q, block)
+        elif block < n_q + n_k:
+            _block(x, w_k, k, block - n_q)
+        else:
+            _block(x, w_v, v, block - n_q - n_k)
+
+
+@kernel
 def attention(
     q: Any,
     k: Any,
@@ -135,19 +141,10 @@ def _turn(head: Any, norm: Any, eps: Any, cos: Any, sin: Any) -> None:
 def _attend(q: Any, keys: Any, values: Any, scores: Any, y: Any) -> None:
     """Heads that share keys and values: q and y (., C), keys and values (S, C), scores (., R)."""
     end = len(keys)
-    for s in range(0, end, 2):
-        _outputs(q, keys, scores, 0, len(q), s, min(s + 1, end - 1))
+    _products(q, keys, scores, 0, len(q), 0, end)
     for h in range(len(q)):
         total = _shares(scores[h, :end], _f32(1) / np.sqrt(_f32(q.shape[1])))
-        y[h] = _f32(0)
-        tiled = end - end % 4
-        for s in range(0, tiled, 4):
-            _add_four(values, scores[h], s, y[h])
-        for s in range(tiled, end):
-            for c in range(y.shape[1]):
-                y[h, c] += scores[h, s] * values[s, c]
-        for c in range(y.shape[1]):
-            y[h, c] /= total
+        mix(scores, values, y, h, _f32(1) / total)
 
 
 @njit(**INLINE)
@@ -160,15 +157,7 @@ def _shares(scores: Any, scale: Any) -> Any:
     return total
 
 
-@njit(**INLINE)
-def _add_four(values: Any, shares: Any, s: Any, y: Any) -> None:
-    one, two, three, four = values[s], values[s + 1], values[s + 2], values[s + 3]
-    p, q, r, t = shares[s], shares[s + 1], shares[s + 2], shares[s + 3]
-    for c in range(len(y)):
-        y[c] += p * one[c] + q * two[c] + r * three[c] + t * four[c]
-
-
-@_kernel
+@kernel
 def score(logits: Any, softmax: Any) -> None:
     """Router logits (B, E) to their softmax or sigmoid, in their place."""
     for b in range(len(logits)):
@@ -182,7 +171,7 @@ def score(logits: Any, softmax: Any) -> None:
                 row[e] = _f32(1) / (_f32(1) + exp(-row[e]))
 
 
-@_kernel
+@kernel
 def assign(
     x: Any,
     scores: Any,
@@ -214,7 +203,7 @@ def assign(
     starts[len(scale)] = m
 
 
-@_kernel
+@kernel
 def expand(rows: Any, starts: Any, first: Any, gated: Any, product: Any, hidden: Any) -> None:
     """First products and activation of each expert's rows: SwiGLU, or GELU where not `gated`.
 
@@ -225,16 +214,12 @@ def expand(rows: Any, starts: Any, first: Any, gated: Any, product: Any, hidden:
         lo, hi = block * _BLOCK, min((block + 1) * _BLOCK, width)
         for e in range(len(first)):
             begin, end = starts[e], starts[e + 1]
-            if begin == end:
-                continue
-            if gated:
-                for j in range(lo, hi):
-                    _outputs(rows, first[e], product, begin, end, j, j + width)
-            else:
-                for j in range(lo, hi, 2):
-                    _outputs(rows, first[e], product, begin, end, j, min(j + 1, hi - 1))
-            for m in range(begin, end):
-                _activate(product[m], hidden[m], lo, hi, gated)
+            if begin < end:
+                _products(rows, first[e], product, begin, end, lo, hi)
+                if gated:
+                    _products(rows, first[e], product, begin, end, lo + width, hi + width)
+                for m in range(begin, end):
+                    _activate(product[m], hidden[m], lo, hi, gated)
 
 
 @njit(**INLINE)
@@ -249,7 +234,7 @@ def _activate(product: Any, hidden: Any, lo: Any, hi: Any, gated: Any) -> None:
             hidden[j] = half * (_f32(1) + math.erf(product[j] * _f32(0.5**0.5)))
 
 
-@_kernel
+@kernel
 def contract(
     hidden: Any, starts: Any, token: Any, weight: Any, down: Any, product: Any, x: Any
 ) -> None:
@@ -258,11 +243,12 @@ def contract(
     hidden (M, F), starts (E + 1,), token and weight (M,), down (E, D, F), product (M, D), x (B, D).
     """
     width = x.shape[1]
-    for pair in prange((width + 1) // 2):
-        one, two = 2 * pair, min(2 * pair + 1, width - 1)
+    for block in prange((width + _BLOCK - 1) // _BLOCK):
+        lo, hi = block * _BLOCK, min((block + 1) * _BLOCK, width)
         for e in range(len(down)):
             if starts[e] < starts[e + 1]:
-                _outputs(hidden, down[e], product, starts[e], starts[e + 1], one, two)
+                _products(hidden, down[e], product, starts[e], starts[e + 1], lo, hi)
         for m in range(starts[len(down)]):
-            for o in range(one, two + 1):
-                x[token[m], o] += weight[m] * product[m, o]
+            share, out, said = weight[m], x[token[m]], product[m]
+            for o in range(lo, hi):
+                out[o] += share * said[o]

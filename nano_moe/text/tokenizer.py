@@ -24,6 +24,7 @@ from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
 from nano_moe.files import write_text
 from nano_moe.text import fast
+from nano_moe.text.spelling import spelling
 
 if TYPE_CHECKING:
     import tiktoken
@@ -245,7 +246,7 @@ class FileTokenizer(Tokenizer):
     kind = "file"
 
     def __init__(self, saved: dict[str, Any], end_id: int, stop_ids: Sequence[int]):
-        self.saved, self._spelling = saved, fast.spelling(saved)
+        self.saved, self._spelling = saved, spelling(saved)
         super().__init__(self._spelling.pieces, end_id, self._spelling.special)
         if self.special.get(end_id) is None or not all(0 <= i < self.n_vocab for i in stop_ids):
             raise ValueError(f"end token {end_id} is none of its special tokens")

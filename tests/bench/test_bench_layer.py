@@ -116,7 +116,7 @@ def test_a_table_compares_with_the_faster_dense_form_and_the_faster_floor():
 
 def test_a_backend_that_cannot_run_is_named_and_left_out(monkeypatch):
     def refuse(*arguments):
-        raise RuntimeError("no kernel\nfor this")
+        raise NotImplementedError("no kernel\nfor this")
 
     monkeypatch.setitem(DISPATCH, "loop", refuse)
     report = layer(quick=True)

@@ -10,14 +10,16 @@ from foreign import checkpoint
 from nano_moe import runs
 from nano_moe.cli.main import main
 
-SMALLER = ["model.context=16", "trainer.val_every=6", "trainer.save_every=6"]
+SHORTER = ("--recipe", "tiny.yaml", "--context", "16")  # of 96 positions
+SMALLER = ["trainer.steps=2", "trainer.val_every=2", "trainer.save_every=2", "trainer.log_every=2"]
 
 
 @pytest.fixture
 def foreign(shop):
-    """A Mixtral with a tokenizer as Llama 2's, imported; its folder is gone."""
+    """A Mixtral with Llama 2's kind of tokenizer, its first positions imported; theirs is gone."""
     checkpoint("Mixtral", "llama 2", Path("theirs"))
-    said = shop.json("import", "theirs", "--name", "taken", "--recipe", "tiny.yaml")
+    assert "--context 97" in shop.fault("import", "theirs", *SHORTER[:3], "97")
+    said = shop.json("import", "theirs", "--name", "taken", *SHORTER)
     assert (said["run"], said["architecture"]) == ("taken", "Mixtral")
     shutil.rmtree("theirs")
     return shop
@@ -50,11 +52,11 @@ def test_its_recipe_trains_and_goes_on(foreign):
 
 def test_an_imported_dense_run_grows_experts(shop):
     checkpoint("Qwen3", "qwen", Path("theirs"))
-    shop.json("import", "theirs", "--recipe", "tiny.yaml")
+    shop.json("import", "theirs", *SHORTER)
     shutil.rmtree("theirs")
     grown = [
         *("model.moe.n_experts=4", "model.moe.top_k=2", "model.moe.d_expert=48"),
-        *("model.moe.init_from=theirs", "trainer.val_every=6", "trainer.save_every=6"),
+        *("model.moe.init_from=theirs", *SMALLER),
     ]
     recipe = "checkpoints/theirs/recipe.yaml"
     status, _, err = shop.run("train", recipe, *grown, "--name", "grown")

@@ -283,6 +283,39 @@ def test_a_foreign_folder_needs_a_recipe_for_its_text(folder, recipe_of, dense_c
     assert recipe_file.load(run.recipe_file) == recipe
 
 
+@pytest.mark.parametrize("case", ["dense", "normed", "latent, sigmoid"])
+@torch.no_grad()
+def test_fewer_positions_compute_as_the_first_of_many(folder, case):
+    """Rotations depend on the position alone, so weights and their first logits stay."""
+    place = folder(case)
+    source = importing.read(place)
+    whole = importing.recipe_of(source, None, place)
+    recipe = importing.recipe_of(source, None, place, context=16)
+    assert recipe == whole.model_copy(update={"model": recipe.model})
+    assert recipe.model == whole.model.model_copy(update={"context": 16})
+    run = importing.import_run(source, recipe, place, name="short", corpus=None)
+    assert recipe_file.load(run.recipe_file) == recipe
+    assert run.manifest()["imported"]["context"] == whole.model.context
+    _, short, _ = runs.load_model(run)
+    _, long, _ = runs.load_model(taken_in(place))
+    tokens = torch.randint(0, 264, (2, 16))
+    assert torch.equal(short(tokens)[0], long(tokens)[0])
+    with pytest.raises(ValueError, match="16"):
+        short(torch.zeros(1, 17, dtype=torch.int64))
+    export(run, Path("again"))
+    assert json.loads(Path("again/config.json").read_text())["max_position_embeddings"] == 16
+
+
+@pytest.mark.parametrize("context", [-1, 0, 41, 10**9])
+def test_more_positions_than_the_config_has_are_refused(folder, context):
+    place = folder("dense")
+    longest = json.loads((place / "config.json").read_text())["max_position_embeddings"]
+    context = longest + 1 if context == 41 else context
+    with pytest.raises(UserError, match=f"^--context {context}: .*: {longest}; name 1 to") as no:
+        importing.recipe_of(importing.read(place), None, place, context=context)
+    assert "\n" not in str(no.value)
+
+
 def test_text_of_another_tokenizer_is_refused(folder, recipe_of, dense_config):
     place = folder("dense", CharTokenizer("abcdefgh \n"))
     (place / "nano_moe.json").unlink()

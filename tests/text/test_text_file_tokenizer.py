@@ -45,7 +45,7 @@ def wanted(style: str, text: str) -> str:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=ANY_TEXT | OF_STORIES)
 @example(text="")
 @example(text=" ")
@@ -85,7 +85,7 @@ def test_batches_long_texts_and_half_surrogates(styles):
         batch = ours.encode_batch(texts)
         assert [ids.tolist() for ids in batch] == [ours.encode(text) for text in texts]
         assert all(ids.dtype == ours.dtype == np.uint16 for ids in batch)
-        for text in ("x" + " " * 200_000 + "x", "a" * 100_000, "\n" * 100_000):
+        for text in ("x" + " " * 20_000 + "x", "a" * 10_000, "\n" * 10_000):
             assert ours.decode(ours.encode(text)) == text
         assert ours.decode(ours.encode("a\udcffb")) == "a\ufffdb"
 
