@@ -9,6 +9,7 @@ NOT RUN BY US: memory and time are estimates, and so are the rates.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +72,9 @@ def larger_plan(path: Path, study: Study, extra: Mapping[str, Value]) -> list[Pl
     }
     small = study.model_copy(update={"members": members})
     return [
-        one if one.measure else one._replace(recipe=larger(one.recipe), member=_named(one, names))
+        one
+        if one.measure
+        else one._replace(recipe=larger(one.recipe), member=names.get(one.member, one.member))
         for one in plan(path, small, extra)
     ]
 
@@ -112,8 +115,14 @@ def cost(recipe: Recipe, flops_per_second: float = PEAK * SHARE) -> Cost:
     )
 
 
-def _anchors() -> tuple[Recipe, Recipe]:
-    return tuple(recipe_file.load(FOLDER / name) for name in ("base.yaml", "gpu/base.yaml"))  # type: ignore[return-value]
+class Anchors(NamedTuple):
+    small: Recipe
+    large: Recipe
+
+
+@functools.cache
+def _anchors() -> Anchors:
+    return Anchors(*(recipe_file.load(FOLDER / name) for name in ("base.yaml", "gpu/base.yaml")))
 
 
 def _larger(value: Any, small: Any, large: Any) -> Any:
@@ -131,10 +140,6 @@ def _of_grid(study: Study, value: float) -> float:
     section, name = study.grid.field.split(".")
     small, large = (getattr(getattr(one, section), name) for one in _anchors())
     return _larger(value, small, large)
-
-
-def _named(one: Planned, names: Mapping[str, str]) -> str:
-    return names.get(one.member, one.member)
 
 
 def _pairs(study: Study) -> list[tuple[str, ...]]:
