@@ -15,8 +15,8 @@ LEAST = 20  # times what a step of the anchor takes, on a CPU
 
 NOTES = (
     "input pipeline: the training's own data loader over prepared tokens on disk, in this process; "
-    "of step: the pipeline's time over that of the step, which waits for it; tokens over those that "
-    "the step takes, the target is the least of it.",
+    "of step: the pipeline's time over that of the step, which waits for it.",
+    "the pipeline's tokens over the step's: how many such steps it could feed at once.",
 )
 
 

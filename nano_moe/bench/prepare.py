@@ -26,8 +26,8 @@ DOCUMENT, POOL = 2000, 400_000  # characters of one document; words that they ar
 
 NOTES = (
     "peak: the largest resident set of the preparing process (ru_maxrss), pages of files that it "
-    "maps included; it forks none. Seconds hold its start. Text, tokens and a temporary copy lie in "
-    "the folder for temporary files (TMPDIR): about three times the text.",
+    "maps included; it forks none. Seconds hold its start.",
+    "text, tokens and a copy of the text lie in the folder for temporary files (TMPDIR).",
 )
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from nano_moe.bench.report import Report
 
 BENCHMARKS = (
-    "layer", "step", "peers", "optimizer", "data", "prepare", "decode", "char", "explore", "offload",
+    "layer", "step", "peers", "optimizer", "data", "prepare", "decode", "char", "explore",
+    "offload",
 )  # fmt: skip
 OPTIONS = {"peers": "litgpt_python", "prepare": "megabytes", "offload": "run"}  # of one each
 FOLDER = runs.ROOT / "bench"

@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
-    tiers = {"run": ("full", "smoke", "gpu"), "count": ("full", "gpu")}.get(args.action, ("full",))
+    tiers = {"run": ("full", "smoke", "gpu"), "count": ("gpu",)}.get(args.action, ("full",))
     if args.tier not in tiers:
-        raise UserError(f"study {args.action}: is of no {args.tier} runs; drop --tier")
+        raise UserError(f"study {args.action}: is of --tier {', '.join(tiers)} alone; say so")
     if args.action == "report":
         if args.study:
             raise UserError("study report: is of all finished studies; name none")

@@ -98,4 +98,5 @@ def test_the_command_says_what_is_an_estimate(capsys):
     assert main(["study", "count", "sparse-vs-dense", "--tier", "gpu", "--json"]) == 0
     members = json.loads(capsys.readouterr().out)["members"]
     assert members["top-2"]["runs"] == 5 and members["top-2"]["tokens"] == 2500 * 2**19
-    assert main(["study", "count", "sparse-vs-dense", "--tier", "smoke"]) == 2
+    assert main(["study", "count", "sparse-vs-dense"]) == 2
+    assert "is of --tier gpu alone" in capsys.readouterr().err

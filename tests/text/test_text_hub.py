@@ -164,7 +164,7 @@ def test_killed_at_every_note_it_ends_with_the_same_bytes(data, tmp_path, monkey
             if "closed" not in notes.read_text():
                 torn = notes.parent / "tokens" / "train.npy"
                 torn.write_bytes(torn.read_bytes() + b"torn")
-    assert kills > 3
+    assert kills >= 3
     assert contents(corpus) == expected
     assert os.listdir(data.cache) == [corpus.path.name]
 
