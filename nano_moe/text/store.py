@@ -193,7 +193,8 @@ def _build(
             val = _write(place, "val", texts, tokenizer, train["names"], bar)
         _check_length(data, context, train["tokens"], val["tokens"])
         summary = _summary(texts.domains, {"train": train, "val": val})
-        _write_meta(place.tokens, data, tokenizer, summary, found)
+        commit = (place.noted("read") or {}).get("commit")
+        _write_meta(place.tokens, data, tokenizer, summary, found, commit)
 
 
 class Texts(NamedTuple):
@@ -242,7 +243,8 @@ def _streamed(place: Place, found: hub.Found, bar: tqdm) -> Shelf:
     if shelf.n_documents == 0:
         raise UserError(f"data.hub: no text in {found.name}; raise data.hub.take_bytes, if given")
     shelf.flush()
-    place.note("read", {"shelf": shelf.kept(), "stream": None})
+    commit = stream.state["commit"]
+    place.note("read", {"shelf": shelf.kept(), "stream": None, "commit": commit})
     return shelf
 
 
@@ -329,6 +331,7 @@ def _write_meta(
     tokenizer: Tokenizer,
     summary: dict[str, dict[str, Any]],
     found: corpus.Sources,
+    commit: str | None,
 ) -> None:
     """Write `meta.json`, the last file: what the tokens are, and the size and hash of the rest."""
     hashed = [f"{name}{part}.npy" for name in SPLITS for part in ("", "_documents")]
@@ -342,6 +345,7 @@ def _write_meta(
         "n_vocab": tokenizer.n_vocab,
         "val_fraction": data.val_fraction,
         "text": found.identity,
+        **({"hub_commit": commit} if commit else {}),
         "domains": summary,
         "sha256": digest.hexdigest(),
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
@@ -409,6 +413,10 @@ def _kept(folder: Path) -> Iterator[Place]:
     place.tokens.mkdir(parents=True, exist_ok=True)
     try:
         yield place
+    except UserError:
+        if not any(place.folder.glob("*.json")):  # nothing to go on from
+            shutil.rmtree(place.folder, ignore_errors=True)
+        raise
     except (ValueError, LookupError, TypeError, FileNotFoundError) as error:
         shutil.rmtree(place.folder, ignore_errors=True)
         raise UserError(
