@@ -19,7 +19,7 @@ from nano_moe.bench.timing import QUICK as QUICK_TIMING
 from nano_moe.errors import UserError
 from nano_moe.runs import Run, write_json
 from nano_moe.studies import clock, engine, results, tiers
-from nano_moe.studies.plan import Planned, check_fair, plan
+from nano_moe.studies.plan import FLOPS_WITHIN, Planned, check_fair, plan
 from nano_moe.studies.schema import Study, Value, load
 
 STUDIES = FOLDER / "studies"
@@ -55,6 +55,11 @@ class Found(NamedTuple):
         if self.small is not None:
             return tiers.larger_plan(self.path, self.small, FULL)
         return plan(self.path, self.study, FULL)
+
+    def check_fair(self, planned: list[Planned]) -> None:
+        """As `plan.check_fair`, by the tier's measure."""
+        within = FLOPS_WITHIN if self.small is None else tiers.FLOPS_WITHIN
+        check_fair(self.path, self.study, planned, flops_within=within)
 
 
 class Place(NamedTuple):
@@ -96,7 +101,7 @@ def in_running_order(studies: Sequence[Found]) -> list[Found]:
 def run(found: Found, *, workers: int | None = None) -> Outcome:
     """Do what is left of a study and write its results file; none while runs are missing."""
     planned = found.plan()
-    check_fair(found.path, found.study, planned)
+    found.check_fair(planned)
     check_names(found)
     if found.small is None:  # the gpu tier's caveat says that it is not tuned
         check_tuned(found, planned)
