@@ -186,7 +186,7 @@ def _parquet_texts(path: Path) -> Generator[object]:
         rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         columns = list(rows.features or {})
         if "text" in columns:
-            yield from (row["text"] for row in rows.select_columns("text"))
+            yield from (row["text"] for row in rows.reshard().select_columns("text"))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -318,17 +318,16 @@ def write_megabytes(path, megabytes: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hub", "files"])
 def test_peak_memory_does_not_grow_with_the_corpus(tmp_path, kind):
-    """Beyond what the library reads ahead, some tens of megabytes that fill in the beginning."""
     peaks = {}
-    for megabytes in (80, 240):
+    for megabytes in (20, 200):
         path = tmp_path / str(megabytes) / "train.parquet"
         write_megabytes(path, megabytes)
         where = {"hub": {"dataset": str(path.parent)}} if kind == "hub" else {"files": (str(path),)}
         data = DataConfig(**where, tokenizer="byte", cache=str(tmp_path / "c"))
         peaks[megabytes] = peak_mb(data)
         path.unlink()
-    assert peaks[240] - peaks[80] < 60, peaks
-    assert peaks[240] < 2000
+    assert peaks[200] - peaks[20] < 60, peaks
+    assert peaks[200] < 2000
 
 
 @pytest.mark.slow
