@@ -169,7 +169,7 @@ class Stream:
                 f"{self._where}: no column '{hub.column}' among {', '.join(columns)}; set "
                 "data.hub.column"
             )
-        # By row group, where files have them: of a file as a whole, the library reads a gigabyte ahead.
+        # By row group, where there are any: of whole files the library reads a gigabyte ahead.
         return rows.reshard().select_columns([hub.column])
 
     @contextmanager
