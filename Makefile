@@ -78,7 +78,7 @@ report-html: $(STAMP) ## the same page as one file: RUN or RUNS, OUT=file.html
 	$(call needs,OUT)$(call needs,$(if $(call given,RUNS),RUNS,RUN))@$(NANO) report-html --out $(call quote,$(OUT)) \
 		$(foreach r,$(call given,RUNS) $(call given,RUN),$(call quote,$(r))) $(call given,ARGS)
 
-reproduce: $(STAMP) ## run STUDY=name, or every study; goes on where it stopped (TIER=smoke: in seconds)
+reproduce: $(STAMP) ## run STUDY=name, or every study; goes on where it stopped (TIER=smoke: in seconds, gpu: larger)
 	$(plain)@$(NANO) study run $(foreach s,$(call given,STUDY),$(call quote,$(s))) \
 		$(if $(call given,TIER),--tier $(call quote,$(TIER))) $(call given,ARGS)
 

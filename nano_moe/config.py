@@ -7,6 +7,7 @@ Cross-field faults are raised as `FieldFault`, which names the field, the values
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -440,11 +441,50 @@ class ModelConfig(Section):
         return self.moe is not None and self.moe.is_sparse(layer)
 
 
+class HubConfig(Section):
+    """A dataset of the Hugging Face hub, or a folder laid out like one, read as a stream."""
+
+    dataset: str = Field(min_length=1, description="owner/name on the hub, or a folder here")
+    config: str | None = Field(
+        default=None, min_length=1, description="its configuration; omitted: its default"
+    )
+    split: str = Field(
+        default="train", min_length=1, description="what is read of it; we hold out a part of it"
+    )
+    revision: str = Field(
+        default="main", min_length=1, description="branch, tag or commit; not of a folder"
+    )
+    column: str = Field(default="text", min_length=1, description="the column that holds text")
+    document_start: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a regular expression: rows that match it begin a document; omitted: all do",
+    )
+    take_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**50,
+        description="UTF-8 bytes taken from its start at most, in whole documents; omitted: all",
+    )
+
+    @field_validator("document_start")
+    @classmethod
+    def _is_expression(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"no regular expression ({error}); correct it") from error
+        return pattern
+
+
 class DataConfig(Section):
     """Where text comes from and how it becomes tokens."""
 
     files: tuple[str, ...] = Field(
         default=(), description="own files or folders (.txt .jsonl .parquet), instead of domains"
+    )
+    hub: HubConfig | None = Field(
+        default=None, description="a dataset of the Hugging Face hub, instead of domains"
     )
     domains: tuple[str, ...] = Field(
         default=DOMAINS, description="embedded domains, read from installed packages"
@@ -479,7 +519,7 @@ class DataConfig(Section):
             values["files"] = [values["files"]]
         if "" in (values.get("files") or ()):
             raise FieldFault("files", "an empty path; name a file or folder")
-        if values.get("files"):
+        if values.get("files") or values.get("hub"):
             values["domains"] = []
         return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
@@ -495,7 +535,9 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        if not self.files and not self.domains:
+        if self.files and self.hub:
+            raise FieldFault("hub", "text is named twice; give data.files or data.hub, not both")
+        if not self.files and not self.hub and not self.domains:
             raise FieldFault("files", "no text is named; add data.files=PATH (a file or folder)")
         if self.tokenizer == "gpt2" and not self.gpt2_ranks:
             raise FieldFault(

@@ -20,8 +20,11 @@ from nano_moe.errors import UserError
 if TYPE_CHECKING:
     from nano_moe.bench.report import Report
 
-BENCHMARKS = ("layer", "step", "peers", "optimizer", "data", "decode", "char", "explore", "offload")
-OPTIONS = {"peers": "litgpt_python", "offload": "run"}  # of one benchmark each
+BENCHMARKS = (
+    "layer", "step", "peers", "optimizer", "data", "prepare", "decode", "char", "explore",
+    "offload",
+)  # fmt: skip
+OPTIONS = {"peers": "litgpt_python", "prepare": "megabytes", "offload": "run"}  # of one each
 FOLDER = runs.ROOT / "bench"
 MARK = "nano_moe_bench"  # a key of every file that this verb writes
 
@@ -38,6 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="peers: the interpreter of an environment with litgpt",
     )
+    parser.add_argument("--megabytes", type=int, metavar="N", help="prepare: of text; omitted: 200")
     parser.add_argument("--run", metavar="RUN", help="offload: a trained run, for its hits")
     add_json(parser)
 

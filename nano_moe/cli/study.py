@@ -1,4 +1,4 @@
-"""`study run|verify|collect|report`: published claims, tested and read by rules set before."""
+"""`study ACTION`: published claims, tested and read by rules set before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nano_moe.cli.arguments import add_json
-from nano_moe.cli.output import figure, print_json, print_table
+from nano_moe.cli.output import figure, params, print_json, print_table, si, size
 from nano_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ACTIONS = {
     "run": "train what is left of it, write its results and the report",
+    "count": "parameters, FLOPs, and estimates of memory and time on a GPU; trains nothing",
     "verify": "train one of its runs again and compare",
     "collect": "write its results anew from finished runs",
     "report": "write RESULTS.md, figures and the README's table anew from results",
@@ -33,9 +34,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="STUDY", nargs="*", help="its name; omitted: every study")
     parser.add_argument(
         "--tier",
-        choices=("full", "smoke"),
+        choices=("full", "smoke", "gpu"),
         default="full",
-        help="smoke: models of a few weights, in seconds; verdicts are withheld",
+        help="smoke: models of a few weights, in seconds, verdicts withheld; gpu: the same study "
+        "at the size of recipes/gpu, for one GPU of 24 to 80 GB: not run by us",
     )
     parser.add_argument(
         "--workers",
@@ -51,12 +53,13 @@ def run(args: argparse.Namespace) -> int:
 
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
-    if args.action != "run" and args.tier != "full":
-        raise UserError(f"study {args.action}: is of full runs alone; drop --tier")
+    tiers = {"run": ("full", "smoke", "gpu"), "count": ("gpu",)}.get(args.action, ("full",))
+    if args.tier not in tiers:
+        raise UserError(f"study {args.action}: is of --tier {', '.join(tiers)} alone; say so")
     if args.seed is not None and args.action != "verify":
         raise UserError(f"study {args.action}: draws no run; drop --seed")
-    if args.workers is not None and (args.action != "run" or args.tier != "full"):
-        raise UserError(f"--workers {args.workers}: is of full runs alone; drop it")
+    if args.workers is not None and (args.action != "run" or args.tier == "smoke"):
+        raise UserError(f"--workers {args.workers}: is of runs in full alone; drop it")
     if args.action == "report":
         if args.study:
             raise UserError("study report: is of all finished studies; name none")
@@ -69,9 +72,10 @@ def run(args: argparse.Namespace) -> int:
         with catalogue.smoke_place() as place:
             act = functools.partial(_smoke, place=place)
             return max(_guarded(act, found, args) for found in ordered)
-    verb = {"run": _run, "verify": _verify, "collect": _collect}[args.action]
+    verb = {"run": _run, "count": _count, "verify": _verify, "collect": _collect}[args.action]
+    ordered = [found.larger if args.tier == "gpu" else found for found in ordered]
     statuses = [_guarded(verb, found, args) for found in ordered]
-    if args.action != "verify" and 0 in statuses:
+    if args.action in ("run", "collect") and args.tier == "full" and 0 in statuses:
         _report(args)
     return max(statuses)
 
@@ -93,7 +97,8 @@ def _run(found: Found, args: argparse.Namespace) -> int:
     try:
         outcome = catalogue.run(found, workers=args.workers)
     except KeyboardInterrupt:
-        print(f"go on with: make reproduce STUDY={found.name}", file=sys.stderr)
+        tier = "" if args.tier == "full" else f" TIER={args.tier}"
+        print(f"go on with: make reproduce STUDY={found.name}{tier}", file=sys.stderr)
         raise
     for name, fault in outcome.failed.items():
         print(f"error: {found.name}: {name}: {fault}", file=sys.stderr)
@@ -101,6 +106,38 @@ def _run(found: Found, args: argparse.Namespace) -> int:
         print(f"{found.name}: no verdict while runs are missing", file=sys.stderr)
         return 1
     _print(outcome.results, args)
+    return 0
+
+
+def _count(found: Found, args: argparse.Namespace) -> int:
+    from nano_moe.studies import catalogue, tiers
+
+    costs = catalogue.costs(found)
+    if args.json:
+        members = {name: {"runs": runs, **cost._asdict()} for name, (runs, cost) in costs.items()}
+        print_json({"study": found.name, "tier": args.tier, "members": members})
+        return 0
+    rows = [
+        (
+            name,
+            str(runs),
+            params(cost.total_params),
+            params(cost.active_params),
+            si(cost.tokens),
+            f"{cost.flops:.2e}",
+            size(cost.memory_bytes),
+            f"{cost.seconds / 3600:.1f} h",
+        )
+        for name, (runs, cost) in costs.items()
+    ]
+    header = ("member", "runs", "total", "active", "tokens", "FLOPs", "memory", "time")
+    print_table(f"{found.name}, {args.tier} tier, each run", header, rows)
+    hours = sum(runs * cost.seconds for runs, cost in costs.values()) / 3600
+    print(
+        f"In all {hours:,.0f} h. Memory and time are estimates for a GPU, not run by us: time is "
+        f"FLOPs over {tiers.SHARE:.0%} of a stated peak of {tiers.PEAK / 1e12:.0f} TFLOP/s (A100, "
+        "bf16); memory is the CPU path's peak and wide logits."
+    )
     return 0
 
 

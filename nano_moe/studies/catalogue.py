@@ -7,6 +7,7 @@ import difflib
 import math
 import random
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ from nano_moe.bench.recipes import FOLDER, QUICK, text_folder
 from nano_moe.bench.timing import QUICK as QUICK_TIMING
 from nano_moe.errors import UserError
 from nano_moe.runs import Run, write_json
-from nano_moe.studies import clock, engine, results
-from nano_moe.studies.plan import Planned, check_fair, plan
+from nano_moe.studies import clock, engine, results, tiers
+from nano_moe.studies.plan import FLOPS_WITHIN, Planned, check_fair, plan
 from nano_moe.studies.schema import Study, Value, load
 
 STUDIES = FOLDER / "studies"
@@ -32,15 +33,33 @@ SMOKE_WORDS, SMOKE_SEEDS = 5_000, 2
 
 
 class Found(NamedTuple):
-    """A study and where it lies."""
+    """A study and where it lies; `small` is the one that a study of the gpu tier enlarges."""
 
     name: str
     path: Path
     study: Study
+    small: Study | None = None
 
     @property
     def results(self) -> Path:
-        return self.path.parent / "results" / f"{self.name}.json"
+        results = self.path.parent / "results"
+        return (results / tiers.GPU if self.small else results) / f"{self.name}.json"
+
+    @property
+    def larger(self) -> Found:
+        """The same study in the gpu tier."""
+        return self._replace(study=tiers.larger_study(self.study), small=self.study)
+
+    def plan(self) -> list[Planned]:
+        """Every run of it."""
+        if self.small is not None:
+            return tiers.larger_plan(self.path, self.small, FULL)
+        return plan(self.path, self.study, FULL)
+
+    def check_fair(self, planned: list[Planned]) -> None:
+        """As `plan.check_fair`, by the tier's measure."""
+        within = FLOPS_WITHIN if self.small is None else tiers.FLOPS_WITHIN
+        check_fair(self.path, self.study, planned, flops_within=within)
 
 
 class Place(NamedTuple):
@@ -81,22 +100,31 @@ def in_running_order(studies: Sequence[Found]) -> list[Found]:
 
 def run(found: Found, *, workers: int | None = None) -> Outcome:
     """Do what is left of a study and write its results file; none while runs are missing."""
-    planned = plan(found.path, found.study, FULL)
-    check_fair(found.path, found.study, planned)
+    planned = found.plan()
+    found.check_fair(planned)
     check_names(found)
-    check_tuned(found, planned)
-    rule_commit = results.introduced(found.path, found.study.rule)
+    if found.small is None:  # the gpu tier's caveat says that it is not tuned
+        check_tuned(found, planned)
+    rule_commit = results.introduced(found.path, (found.small or found.study).rule)
     todo = engine.tasks(planned)
     failed = engine.run_all(found.name, todo, workers=workers)
     if failed:
         return Outcome(None, failed)
     content = results.collect(found.name, found.study, todo, rule_commit=rule_commit)
-    found.results.parent.mkdir(exist_ok=True)
+    found.results.parent.mkdir(parents=True, exist_ok=True)
     write_json(found.results, content)
     if found.study.step_times or found.study.timed:
         content["step_times"] = clock.step_times(found.study, planned)
         write_json(found.results, content)
     return Outcome(content, {})
+
+
+def costs(found: Found) -> dict[str, tuple[int, tiers.Cost]]:
+    """How many runs each member that is trained has, and what one would take on a GPU."""
+    planned = [one for one in found.plan() if not one.measure]
+    runs = Counter(one.member for one in planned)
+    recipes = {one.member: one.recipe for one in planned}
+    return {member: (runs[member], tiers.cost(recipe)) for member, recipe in recipes.items()}
 
 
 def collect(found: Found) -> dict[str, Any]:

@@ -102,7 +102,9 @@ def _planned(
     )
 
 
-def check_fair(path: Path, study: Study, planned: list[Planned]) -> None:
+def check_fair(
+    path: Path, study: Study, planned: list[Planned], *, flops_within: float = FLOPS_WITHIN
+) -> None:
     """Raises UserError where members are not equal in what their comparison says (trap T19)."""
     recipes = {one.member: one.recipe for one in planned}
     compared = [*study.comparisons, *(pair for trend in study.trends for pair in trend.pairs)]
@@ -122,7 +124,7 @@ def check_fair(path: Path, study: Study, planned: list[Planned]) -> None:
             )
         for what in comparison.equal:
             better, than = (_amount(what, study, side, recipes) for side in _sides(comparison))
-            within = {"flops": FLOPS_WITHIN, "time": TIME_WITHIN}.get(what, 0.0)
+            within = {"flops": flops_within, "time": TIME_WITHIN}.get(what, 0.0)
             if not math.isclose(better, than, rel_tol=within, abs_tol=0):
                 raise UserError(
                     f"{path}: study.comparisons.{number}.equal: {what}: {comparison.better} has "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import NamedTuple
 
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
-from nano_moe.text import embedded, files
+from nano_moe.text import embedded, files, hub
 from nano_moe.text.split import Document, cut_long, split_by_name
 
 __all__ = ["Document", "Sources", "documents", "split"]
@@ -20,17 +21,21 @@ class Sources(NamedTuple):
 
     embedded: list[embedded.Found]
     files: list[files.TextFile]
+    hub: hub.Found | None = None
 
     @property
     def identity(self) -> list[str]:
         found = [f"{here.domain} {here.identity}" for here in self.embedded]
-        return found + [file.identity for file in self.files]
+        streamed = [self.hub.identity] if self.hub else []
+        return found + [file.identity for file in self.files] + streamed
 
 
 def sources(data: DataConfig) -> Sources:
     """Locate the text without reading it. Raises UserError when there is none."""
     if data.files:
         return Sources([], files.listed(data.files))
+    if data.hub:
+        return Sources([], [], hub.found(data.hub))
     return Sources(embedded.present(data.domains), [])
 
 
@@ -44,9 +49,21 @@ def documents(data: DataConfig, found: Sources | None = None) -> Iterator[Docume
     for domain in found.embedded:
         yield from embedded.taken(domain, data.bytes_per_domain)
     if found.files:
-        own = list(files.read(found.files))
-        for document in own:
-            yield from [document] if len(own) == 1 else cut_long(document)
+        yield from _cut(files.read(found.files))
+    if found.hub:
+        for document in hub.Stream(found.hub):
+            yield from cut_long(document)
+
+
+def _cut(whole: Iterable[Document]) -> Iterator[Document]:
+    """Long documents in pieces, unless there is but one."""
+    stream = iter(whole)
+    first = list(islice(stream, 2))
+    if len(first) == 1:
+        yield first[0]
+        return
+    for document in chain(first, stream):
+        yield from cut_long(document)
 
 
 def split(everything: list[Document], data: DataConfig) -> tuple[list[Document], list[Document]]:

@@ -116,25 +116,42 @@ def _text(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
+    return _decoded(raw, path, 0)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """One after the other, so that a file may be larger than memory."""
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            for raw in file:
+                yield _decoded(raw, path, offset).rstrip("\n")
+                offset += len(raw)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _decoded(raw: bytes, path: Path, offset: int) -> str:
+    """The text of the bytes that lie at `offset` in a file."""
     zero = raw.find(b"\0")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         bad = error.start if zero < 0 else min(zero, error.start)
         raise UserError(
-            f"{path}: not UTF-8 at byte {bad} (0x{raw[bad]:02x}); save it as UTF-8 text, "
+            f"{path}: not UTF-8 at byte {offset + bad} (0x{raw[bad]:02x}); save it as UTF-8 text, "
             "or leave it out of data.files"
         ) from error
     if zero >= 0:
         raise UserError(
-            f"{path}: binary, with a zero at byte {zero}; save it as UTF-8 text, "
+            f"{path}: binary, with a zero at byte {offset + zero}; save it as UTF-8 text, "
             "or leave it out of data.files"
         )
-    return text.removeprefix("\ufeff")
+    return text if offset else text.removeprefix("\ufeff")
 
 
 def _jsonl(file: TextFile) -> Iterator[Document]:
-    for number, line in enumerate(_text(file.path).split("\n"), 1):
+    for number, line in enumerate(_lines(file.path), 1):
         if not line.strip():
             continue
         where = f"{file.path}:{number}"
@@ -169,7 +186,7 @@ def _parquet_texts(path: Path) -> Generator[object]:
         rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         columns = list(rows.features or {})
         if "text" in columns:
-            yield from (row["text"] for row in rows.select_columns("text"))
+            yield from (row["text"] for row in rows.reshard().select_columns("text"))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -147,7 +147,10 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def train(cls, texts: Iterable[str]) -> CharTokenizer:
         """The characters that occur in the texts."""
-        return cls("".join(sorted(set().union(*texts))))
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return cls("".join(sorted(characters)))
 
     @cached_property
     def _ids(self) -> np.ndarray:
@@ -284,8 +287,8 @@ class FileTokenizer(Tokenizer):
         return {"stop_ids": list(self.stop_ids), "tokenizer": self.saved}
 
 
-def make(data: DataConfig, vocab_size: int, texts: Sequence[str]) -> Tokenizer:
-    """The tokenizer that `data` asks for; `texts` is the training split and nothing else.
+def make(data: DataConfig, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `data` asks for; `texts`, the training split alone, is walked twice.
 
     Raises UserError when it has more ids than `vocab_size`.
     """
@@ -359,7 +362,7 @@ def _ended(pieces: Sequence[bytes]) -> tuple[list[bytes], int, dict[int, str]]:
     return [*pieces, b""], len(pieces), {len(pieces): "end"}
 
 
-def _sample(texts: Sequence[str]) -> Iterable[str]:
+def _sample(texts: Iterable[str]) -> Iterable[str]:
     """Segments of the texts, evenly spaced so that they hold about BPE_SAMPLE characters."""
     share = min(1.0, BPE_SAMPLE / max(1, sum(len(text) for text in texts)))
     segments = (segment for text in texts for segment in _segments(text))

@@ -1,7 +1,8 @@
 """What the optimizer does to each number, in as few passes over memory as there can be.
 
-On a CPU by kernels of one pass, elsewhere and in float64 by PyTorch's operators. A matrix that is
-not live, an expert without tokens, is left as it is.
+On a CPU by kernels of one pass, elsewhere and in float64 by PyTorch's operators; AdamW on a GPU by
+PyTorch's fused kernel, but for stacked experts. A matrix that is not live, an expert without
+tokens, is left as it is.
 
 Shapes: S matrices of m rows and n columns.
 """
@@ -80,8 +81,21 @@ def adamw(
         rates = (beta1, beta2, eps, rate, decay)
         kernels.launch(kernels.adamw, weight, grad, average, square, live, *biases, *rates)
         return
+    if weight.is_cuda and len(weight) == 1:
+        fused_adamw(weight, grad, moments, group)
+        return
     live, average_bias, square_bias = (x[:, None, None] for x in (live, *biases))
     average.lerp_(grad, live * (1 - beta1))
     square.lerp_(grad.square(), live * (1 - beta2))
     update = average / average_bias / ((square / square_bias).sqrt_().add_(eps))
     weight.sub_(live * update.add_(weight, alpha=decay), alpha=rate)
+
+
+def fused_adamw(weight: Tensor, grad: Tensor, moments: Moments, group: Mapping[str, Any]) -> None:
+    """The same of one live matrix, by PyTorch's kernel of one pass; `step` counts this one."""
+    average, square, step = moments
+    torch._fused_adamw_(
+        [weight], [grad], [average], [square], [], [step.view(())],
+        lr=group["lr"], beta1=group["beta1"], beta2=group["beta2"],
+        weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+    )  # fmt: skip

@@ -15,6 +15,7 @@ from nano_moe.errors import UserError
 from nano_moe.text import store
 from nano_moe.text.store import open_corpus, prepare
 from nano_moe.text.windows import EvalWindows
+from nano_moe.text.writer import Growing
 
 WORDS = "le vieux renard 漢字 voyait la poule — and the hen saw 🦊 the fox".split()
 
@@ -195,7 +196,7 @@ def test_full_disk_leaves_nothing_behind(data, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(Growing, "append", full)
     message = fault(data)
     assert "No space left on device" in message and data.cache in message
     assert "data.cache=PATH" in message
@@ -212,7 +213,7 @@ def test_interruption_leaves_nothing_behind(data, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(np, "save", interrupted)
+    monkeypatch.setattr(Growing, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ready(data)
     assert left_in(data) == []

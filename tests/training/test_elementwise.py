@@ -85,3 +85,19 @@ def test_one_number_makes_an_expert_live(value, dtype):
     if value == 1e-45 and dtype == torch.float32:
         assert grad[0, 0, 0] != 0  # a subnormal number
     assert elementwise.nonzero(grad).tolist() == [1, 1, 0]
+
+
+def test_the_fused_kernel_of_gpus_does_the_same():
+    """PyTorch has it for CPUs, too, which ours do not use."""
+    group = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "lr": 0.1, "weight_decay": 0.1}
+    weight, grad, average, square = draw((1, 7, 12), 4)
+    square = square.abs()
+    found, expected = (
+        [x.to(dtype, copy=True) for x in (weight, grad, average, square, torch.tensor([3.0]))]
+        for dtype in (torch.float32, torch.float64)
+    )
+    moments = elementwise.Moments(*found[2:])
+    elementwise.fused_adamw(found[0], found[1], moments, group)
+    wide = elementwise.Moments(*expected[2:])
+    elementwise.adamw(expected[0], expected[1], wide, torch.ones(1).double(), group)
+    assert_same(found, expected)
