@@ -5,9 +5,6 @@ Every process has the whole model and batch, too, and compares its share with th
 
 from __future__ import annotations
 
-import datetime
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -263,18 +260,3 @@ def every_case() -> dict[str, Any]:
     found["empty"] = empty_case(ep.parallel_mesh(4))
     found["refused"] = refusal_case(mesh)
     return found
-
-
-def work(rank: int, folder: str) -> None:
-    """One of the four processes; writes what it found to FOLDER/RANK.json."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    found = every_case()
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()

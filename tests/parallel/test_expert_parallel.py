@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-
 import pytest
-import torch.multiprocessing
-from expert_cases import CONTEXT, GRADED, MODELS, RANKS, work
+from expert_cases import CONTEXT, GRADED, MODELS, RANKS, every_case
+
+from nano_moe.bench.ranks import on_ranks
 
 GROUPS = (4, 2)  # expert ranks, times 1 and 2 data ranks
 EXACT = 1e-12
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found():
     """found[rank][case]: what each of four processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    # A server that has torch loaded forks them: importing it in each would take most of the time.
-    multiprocessing.set_forkserver_preload(["torch", "nano_moe.model.expert_parallel"])
-    torch.multiprocessing.start_processes(
-        work, (str(folder),), nprocs=RANKS, start_method="forkserver"
-    )
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    return on_ranks(RANKS, every_case)
 
 
 @pytest.mark.parametrize("ranks", GROUPS)
