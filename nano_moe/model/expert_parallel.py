@@ -260,11 +260,13 @@ def average_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
     """The gradients of each rank's loss to those of the mean over all ranks of the mesh."""
     average_expert_gradients(model, mesh["data"].get_group())
     own = {id(weight) for _, weight, _ in sharded_parameters(model)}
-    for weight in model.parameters():
-        if id(weight) not in own and weight.grad is not None:
-            for name in ("expert", "data"):
-                dist.all_reduce(weight.grad, group=mesh[name].get_group())
-            weight.grad.div_(mesh.size())
+    shared = [w.grad for w in model.parameters() if id(w) not in own and w.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in shared])  # few collectives, not many
+    for name in ("expert", "data"):
+        dist.all_reduce(flat, group=mesh[name].get_group())
+    parts = flat.div_(mesh.size()).split([gradient.numel() for gradient in shared])
+    for gradient, part in zip(shared, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 # --- whole tensors and shares of them ------------------------------------------------------------
