@@ -42,7 +42,8 @@ LOOKED = {
 }  # fmt: skip
 ALL = "all"  # a budget for which no expert stays on disk
 FIGURES = (
-    *TRAINED, *MEASURED, *DECODED, *EXCHANGED, *(name for names in LOOKED.values() for name in names),
+    *TRAINED, *MEASURED, *DECODED, *EXCHANGED,
+    *(name for names in LOOKED.values() for name in names),
 )  # fmt: skip
 Equal = Literal["seeds", "tokens", "flops", "time", "active", "total"]
 Item = TypeVar("Item")

@@ -44,6 +44,17 @@ GRID = "  grid: {field: optim.lr, values: [0.1, 0.2, 0.3, 0.4]}\n  members:"
             "sparse:\n      measure: true\n      expert_budget: 25%\n",
             "'sparse' has no ce; it has memory_gb",
         ),
+        ("fields: {model.d_ff", "expert_ranks: 2, fields: {model.d_ff", "set measure: true"),
+        (
+            "sparse:\n",
+            "sparse:\n      measure: true\n      expert_ranks: 2\n      expert_budget: 25%\n",
+            "drop expert_budget",
+        ),
+        (
+            "sparse:\n",
+            "sparse:\n      measure: true\n      expert_ranks: 2\n",
+            "'sparse' has no ce; it has exchange_bytes",
+        ),
         ("fields: {model.d_ff", "start_from: dens, fields: {model.d_ff", "no member 'dens'"),
     ],
 )
