@@ -47,7 +47,7 @@ from nano_moe.model.experts import Experts
 from nano_moe.model.moe import MoE
 from nano_moe.model.ops import compute_dtype
 from nano_moe.model.router import ExpertChoiceRouter
-from nano_moe.model.routing import Routing
+from nano_moe.model.routing import Routing, count_tokens
 
 ELSEWHERE = -1  # in place of the number of an expert that another rank holds, or that was dropped
 
@@ -128,7 +128,7 @@ def unpack(ids: Tensor, weights: Tensor, n_experts: int) -> Routing:
     Dispatch reads no scores, and none came.
     """
     kept, local = ids != ELSEWHERE, ids.clamp_min(0).to(torch.int64)
-    counts = torch.bincount(local[kept], minlength=n_experts)
+    counts = count_tokens(local.masked_fill(~kept, n_experts).flatten(), n_experts + 1)[:-1]
     none = weights.new_empty(len(ids), 0)
     return Routing(local, weights, probs=none, logits=none, counts=counts, kept=kept)
 
