@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nano_moe import recipe_file
 from nano_moe.accounting import sparse_layers
-from nano_moe.bench.ranks import on_ranks
+from nano_moe.bench.group import on_ranks
 from nano_moe.bench.recipes import FOLDER, QUICK, RandomTokens
 from nano_moe.bench.report import Report, Row
 from nano_moe.bench.timing import Spread

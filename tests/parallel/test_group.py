@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nano_moe.bench.ranks import on_ranks
+from nano_moe.bench.group import on_ranks
 from nano_moe.errors import UserError
 
 
