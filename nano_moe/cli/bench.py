@@ -1,4 +1,4 @@
-"""`bench NAME`: time layers, steps, other libraries, decoding, the input or the explorer."""
+"""`bench NAME`: time layers, steps, other libraries, decoding, exchanges, input, the explorer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BENCHMARKS = (
     "layer", "step", "peers", "optimizer", "data", "prepare", "decode", "char", "explore",
-    "offload",
+    "offload", "comm",
 )  # fmt: skip
 OPTIONS = {"peers": "litgpt_python", "prepare": "megabytes", "offload": "run"}  # of one each
 FOLDER = runs.ROOT / "bench"

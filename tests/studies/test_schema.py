@@ -58,6 +58,12 @@ GRID = "  grid: {field: optim.lr, values: [0.1, 0.2, 0.3, 0.4]}\n  members:"
             "  recovered: {base: dense, part: sparse, whole: big}\n  comparisons:",
             "no member 'big'",
         ),
+        ("fields: {model.d_ff", "expert_ranks: 2, fields: {model.d_ff", "set measure: true"),
+        (
+            "sparse:\n",
+            "sparse:\n      measure: true\n      expert_ranks: 2\n",
+            "'sparse' has no ce; it has exchange_bytes",
+        ),
         ("fields: {model.d_ff", "start_from: dens, fields: {model.d_ff", "no member 'dens'"),
     ],
 )
@@ -95,6 +101,14 @@ def test_members_that_are_compared_share_a_seed(written):
     apart = [("dense: {", "dense: {seeds: [1], "), ("sparse:\n", "sparse:\n      seeds: [2]\n")]
     with pytest.raises(UserError, match="sparse, dense have no seed in common"):
         schema.load(written(*apart))
+
+
+def test_experts_are_shared_out_or_left_on_disk_and_not_both(written):
+    ranks = "sparse:\n      measure: true\n      expert_ranks: 2\n"
+    figures = ("than: dense", "than: sparse\n      figure: rest_ms\n      than_figure: step_ms")
+    assert schema.load(written(("sparse:\n", ranks), figures)).members["sparse"].expert_ranks == 2
+    with pytest.raises(UserError, match="drop expert_budget"):
+        schema.load(written(("sparse:\n", f"{ranks}      expert_budget: 25%\n"), figures))
 
 
 def test_the_rule_is_all_that_decides_and_none_of_the_words(written):
