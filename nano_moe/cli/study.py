@@ -55,7 +55,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--workers {args.workers}: at least 1")
     tiers = {"run": ("full", "smoke", "gpu"), "count": ("gpu",)}.get(args.action, ("full",))
     if args.tier not in tiers:
-        raise UserError(f"study {args.action}: is of --tier {', '.join(tiers)} alone; say so")
+        whole = tiers == ("full",)
+        cure = (
+            "full runs alone; drop --tier" if whole else f"--tier {', '.join(tiers)} alone; say so"
+        )
+        raise UserError(f"study {args.action}: is of {cure}")
     if args.seed is not None and args.action != "verify":
         raise UserError(f"study {args.action}: draws no run; drop --seed")
     if args.workers is not None and (args.action != "run" or args.tier == "smoke"):

@@ -44,7 +44,14 @@ def test_it_fits_the_card_that_it_names(name):
     assert cost.flops > 6 * 85e6 * cost.tokens  # of all weights but the embedding's
 
 
-@pytest.mark.parametrize("found", STUDIES, ids=lambda found: found.name)
+QUICK = ("sparse-vs-dense", "upcycling", "memory-vs-compute")
+ALL = [
+    pytest.param(one, id=one.name, marks=[] if one.name in QUICK else pytest.mark.slow)
+    for one in STUDIES
+]
+
+
+@pytest.mark.parametrize("found", ALL)
 def test_every_study_is_as_fair_as_its_small_one(found):
     few = found.study.model_copy(update={"seeds": found.study.seeds[:2]})
     larger = found._replace(study=few).larger
