@@ -31,6 +31,7 @@ from nano_moe.errors import UserError
 from nano_moe.published import Published
 
 MAX_BYTES = 1_000_000  # a recipe is a page of text, not a data file
+MAX_BASES = 20  # files that one recipe inherits through
 MAX_NODES = 10_000  # aliases can make a small file expand without end
 
 PUBLISHED = {"published", "weights"}  # either field makes a file a published model,
@@ -96,6 +97,8 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     if resolved in seen:
         chain = " -> ".join(str(p.name) for p in (*seen, resolved))
         raise UserError(f"{path}: base: these files inherit in a circle ({chain}); break it")
+    if len(seen) > MAX_BASES:
+        raise UserError(f"{path}: base: inherits through more than {MAX_BASES} files; shorten it")
     tree = parse(text, str(path))
     base = tree.values.pop("base", None)
     if base is None:

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
-from nano_moe.files import sync
+from nano_moe.files import locked, sync
 from nano_moe.text import corpus
 from nano_moe.text import tokenizer as tokenizers
 from nano_moe.text.split import Document
@@ -91,10 +91,13 @@ def prepare(data: DataConfig, vocab_size: int, context: int, *, progress: bool =
     """
     found = corpus.sources(data)
     folder = Path(os.path.expanduser(data.cache)) / _folder_name(data, vocab_size, found)
-    prepared = _open_or_remove(folder)
+    prepared = _open_or_none(folder)
     if prepared is None:
-        _build(folder, data, vocab_size, context, found, progress)
-        prepared = open_corpus(folder)
+        with _alone(folder):
+            prepared = _open_or_remove(folder)  # another process may have built it meanwhile
+            if prepared is None:
+                _build(folder, data, vocab_size, context, found, progress)
+                prepared = open_corpus(folder)
     tokenizers.check_fits(prepared.tokenizer, vocab_size)
     _check_length(data, context, len(prepared.train), len(prepared.val))
     return prepared
@@ -123,6 +126,12 @@ def _open_split(path: Path, name: str) -> Split:
     tokens = np.load(path / f"{name}.npy", mmap_mode="r")
     table = np.load(path / f"{name}_documents.npy")
     return Split(tokens, *np.ascontiguousarray(table.T))
+
+
+def _open_or_none(folder: Path) -> Corpus | None:
+    with suppress(UserError):
+        return open_corpus(folder)
+    return None
 
 
 def _open_or_remove(folder: Path) -> Corpus | None:
@@ -324,6 +333,21 @@ def _remove_abandoned(folder: Path) -> None:
 def _aside(folder: Path) -> Path:
     """A name beside the folder that no other process uses."""
     return folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time builds this folder; a second one waits, and then finds it built."""
+    lock = folder.with_name(f".{folder.name}.lock")
+    with ExitStack() as stack:
+        with _writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(locked(lock, wait=False))
+            except BlockingIOError:
+                log.warning("%s: another process is preparing it; waiting for that", folder)
+                stack.enter_context(locked(lock, wait=True))
+        yield
 
 
 @contextmanager
