@@ -357,9 +357,14 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{folder}: prepared tokens cannot be written ({error.strerror or error}); "
+            f"{folder}: prepared tokens cannot be written ({_reason(error)}); "
             "free some space or set data.cache=PATH"
         ) from error
+
+
+def _reason(error: OSError) -> str:
+    """NumPy tells of a full disk in bytes alone."""
+    return error.strerror or f"the disk may be full: {error}"
 
 
 def _check_length(data: DataConfig, context: int, n_train: int, n_val: int) -> None:

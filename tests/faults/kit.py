@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 
 from nano_moe import recipe_file, runs
 from nano_moe.cli.main import main
 from nano_moe.runs import Run
 from nano_moe.text.store import prepare
-from nano_moe.training import checkpoint as checkpoints
 from nano_moe.training.fit import fit
 
 STEPS, SAVE_EVERY = 60, 3
@@ -137,24 +137,32 @@ def _feed(digest: Any, value: Any) -> None:
         digest.update(repr(value).encode())
 
 
+class Remember(L.Callback):
+    """Keeps the state after every step, as a checkpoint would hold it."""
+
+    def __init__(self, known: dict[int, str]):
+        self.known = known
+
+    def on_train_start(self, trainer: L.Trainer, *rest: Any) -> None:
+        self._keep(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        self._keep(trainer)
+
+    def _keep(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint("scratch.ckpt")
+        self.known[trainer.global_step] = state_of(Path("scratch.ckpt"))
+
+
 class Course:
-    """An uninterrupted training in the working folder, and the state after each checkpoint."""
+    """An uninterrupted training in the working folder, and the state after each of its steps."""
 
     def __init__(self) -> None:
         self.recipe = recipe_file.load("tiny.yaml")
         self.known: dict[int, str] = {}
-        save = checkpoints.AtomicCheckpointIO.save_checkpoint
-
-        def remember(io: Any, content: Any, path: Any, storage_options: Any = None) -> None:
-            save(io, content, path, storage_options)
-            if Path(path).name == "last.ckpt":
-                self.known[content["global_step"]] = state_of(Path(path))
-
-        checkpoints.AtomicCheckpointIO.save_checkpoint = remember  # type: ignore[method-assign]
-        try:
-            self.whole = self.begin("whole")
-        finally:
-            checkpoints.AtomicCheckpointIO.save_checkpoint = save  # type: ignore[method-assign]
+        self.whole = runs.create(self.recipe, stem="tiny", name="whole")
+        watch = [Remember(self.known)]
+        fit(self.whole, self.recipe, self.corpus(), progress=False, watchers=watch)
 
     def corpus(self) -> Any:
         model = self.recipe.model
@@ -209,9 +217,7 @@ def _libc(name: str, *arguments: Any) -> None:
 
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
-    _libc(
-        "mount", source.encode(), target.encode(), kind.encode(), flags, options.encode() or None
-    )
+    _libc("mount", source.encode(), target.encode(), kind.encode(), flags, options.encode() or None)
 
 
 def own_mounts() -> None:

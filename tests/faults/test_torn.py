@@ -1,4 +1,4 @@
-"""A checkpoint that is not what was written: told apart by its checksum, the one before is taken."""
+"""A checkpoint that is not what was written: its checksum tells, and the one before is taken."""
 
 import random
 from pathlib import Path
