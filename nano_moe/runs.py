@@ -159,12 +159,23 @@ def stem_of(recipe_path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", stem).strip("-.") or "run"
 
 
+def is_run(path: Path) -> bool:
+    return _is_folder(path) and (path / "recipe.yaml").is_file()
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # such as of a name that is too long
+        return False
+
+
 def find(name: str, root: Path = ROOT) -> Run:
     """The run of that name under `root`, or at that path; raises UserError with near names."""
     for path in (root / name, Path(name)) if NAME.fullmatch(name) else (Path(name),):
-        if path.is_dir() and (path / "recipe.yaml").is_file():
+        if is_run(path):
             return Run(path)
-        if path.is_dir() and path != root:
+        if _is_folder(path) and path != root:
             raise UserError(f"{path}: not a run folder (it holds no recipe.yaml)")
     names = sorted(p.parent.name for p in root.glob("*/recipe.yaml"))
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:5]

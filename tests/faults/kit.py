@@ -32,7 +32,7 @@ from nano_moe.runs import Run
 from nano_moe.text.store import prepare
 from nano_moe.training.fit import fit
 
-STEPS, SAVE_EVERY = 60, 3
+STEPS, SAVE_EVERY = 36, 3
 TINY = f"""\
 seed: 5
 model:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import string
 import sys
 from pathlib import Path
@@ -12,13 +13,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kit import TINY, times, verb
+from kit import STEPS, TINY, times, verb
 
 from nano_moe import recipe_file, runs
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
 from nano_moe.explorer import opened
-from nano_moe.inference import expert_file
+from nano_moe.files import SEAL_BYTES
 from nano_moe.inference.expert_file import EXPERTS, REST, split_weights
 from nano_moe.runs import Run
 from nano_moe.text import files, store
@@ -78,8 +79,6 @@ WATCH = Watch()
 @pytest.fixture(scope="module")
 def here(first_course, tmp_path_factory):
     """The course's folder as working directory, for a whole module."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("fuzz") / "here"
     shutil.copytree(first_course[0], folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -136,7 +135,7 @@ def test_recipe_files(here, ledger, text, after):
         refusal_of(recipe_file.load_any, "fuzz.yaml")
 
 
-@fuzz(100, 1500)
+@fuzz(100, 1000)
 @given(st.lists(st.tuples(st.sampled_from(FIELDS), PLAIN | st.text(max_size=9)), max_size=4))
 def test_overrides(here, ledger, changes):
     given_ = [f"{field}={json.dumps(value)}" for field, value in changes]
@@ -168,7 +167,7 @@ PARTS = st.sampled_from(
 NAMES = st.lists(PARTS | st.text(max_size=3), max_size=5).map("".join)
 
 
-@fuzz(150, 2000)
+@fuzz(100, 800)
 @given(NAMES)
 def test_names_of_runs(here, ledger, name):
     """New names stay one folder below checkpoints/, and no verb reads a run elsewhere by one."""
@@ -235,7 +234,7 @@ def test_files_of_text(here, ledger, raw, name):
     Path(name).unlink()
 
 
-@fuzz(40, 500)
+@fuzz(40, 400)
 @given(BYTES, st.sampled_from(["byte", "char", "bpe"]), st.sampled_from(["txt", "jsonl"]))
 def test_preparing_text(here, ledger, raw, kind, ending):
     """Tokens of the corpus spell the text; a refusal leaves nothing behind."""
@@ -260,8 +259,6 @@ def test_preparing_text(here, ledger, raw, kind, ending):
             )
             if ending == "txt" and kind != "char":
                 assert spelt == raw.removeprefix(b"\xef\xbb\xbf")
-            import shutil
-
             shutil.rmtree(corpus.path)
 
 
@@ -293,7 +290,7 @@ def test_tokenizer_round_trips(ledger, text, kind):
         assert tokenizer.end_id not in ids
 
 
-@fuzz(50, 500)
+@fuzz(50, 400)
 @given(st.sampled_from(["byte", "char", "bpe"]), PLAIN, st.integers(0, 10**6), st.booleans())
 def test_saved_tokenizers(here, ledger, kind, value, at, cut):
     """A field changed or bytes cut: read as written, or refused."""
@@ -333,7 +330,7 @@ EDITS = st.lists(
 def test_checkpoints(here, ledger, edits, sealed):
     """Without a checksum, too: what `torch.load` then finds is refused or has weights and step."""
     raw = Path("checkpoints/whole/last.ckpt").read_bytes()
-    Path("f.ckpt").write_bytes(damaged(raw if sealed else raw[: -store_seal()], edits))
+    Path("f.ckpt").write_bytes(damaged(raw if sealed else raw[:-SEAL_BYTES], edits))
     with ledger.attempt("fuzz: checkpoints"), WATCH.within():
         refused = refusal_of(runs.read_checkpoint, Path("f.ckpt"))
     if refused is None:
@@ -341,13 +338,7 @@ def test_checkpoints(here, ledger, edits, sealed):
         assert isinstance(content["global_step"], int) and content["state_dict"]
 
 
-def store_seal() -> int:
-    from nano_moe.files import SEAL_BYTES
-
-    return SEAL_BYTES
-
-
-@fuzz(60, 800)
+@fuzz(40, 300)
 @given(PLAIN, st.lists(st.sampled_from(["nano_moe", "schema", "recipe", "state_dict", "step"])))
 def test_checkpoints_of_another_shape(here, ledger, value, keys):
     content = torch.load("checkpoints/whole/last.ckpt", weights_only=True)
@@ -363,7 +354,7 @@ def test_checkpoints_of_another_shape(here, ledger, value, keys):
             refusal_of(runs.check_recipe, whole, whole.recipe(), found)
 
 
-@fuzz(60, 800)
+@fuzz(20, 150)
 @given(EDITS, st.sampled_from([EXPERTS, REST]), st.booleans())
 def test_safetensors(here, ledger, edits, name, header):
     """A damaged file of experts is made again, or holds the shapes that the run has."""
@@ -380,7 +371,6 @@ def test_safetensors(here, ledger, edits, name, header):
             first, down = (torch.empty(shape) for shape in experts.shapes)
             for key in experts.keys:  # noqa: SIM118
                 experts.read(*key, first, down)
-            assert len(experts.keys) == 8 and step == 60
+            assert len(experts.keys) == 8 and step == STEPS
     for left in (EXPERTS, REST):
         (run.path / left).unlink(missing_ok=True)
-    assert expert_file.EXPERTS == EXPERTS

@@ -17,7 +17,7 @@ def warnings_of(lines: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("step", [2, 17, 33, 50][: times(2, 4)])
+@pytest.mark.parametrize("step", [17, 2, 25, 33][: times(1, 4)])
 def test_a_number_that_is_none_is_named_and_the_run_goes_on(
     course, ledger, monkeypatch, step, value
 ):
@@ -45,7 +45,7 @@ def test_a_number_that_is_none_is_named_and_the_run_goes_on(
         course.check_end(run)
 
 
-@pytest.mark.parametrize("step", [25, 41, 56][: times(1, 3)])
+@pytest.mark.parametrize("step", [25, 30, 35][: times(1, 3)])
 def test_a_gradient_spike_is_named_clipped_and_passed(course, ledger, monkeypatch, step):
     original = Decoder.training_step
 
@@ -72,13 +72,13 @@ def test_a_healthy_run_warns_of_nothing(course):
 
 
 def test_an_expert_starved_on_purpose_is_named_and_fed_again(course, ledger, monkeypatch):
-    """Its logits are lowered in steps 11 to 30; the warning names layer and expert."""
+    """Its logits are lowered in steps 11 to 24; the warning names layer and expert."""
     original, step = Router.logits, [0]
     begin, shares = Decoder.training_step, {}
 
     def starve(router, x, past=None):
         logits = original(router, x, past)
-        if router.training and 10 <= step[0] < 30 and router is step[1]:
+        if router.training and 10 <= step[0] < 24 and router is step[1]:
             logits = logits - 1e4 * torch.nn.functional.one_hot(torch.tensor(2), 4)
         return logits
 
@@ -95,5 +95,5 @@ def test_an_expert_starved_on_purpose_is_named_and_fed_again(course, ledger, mon
         told = [line for line in warnings_of(lines) if "got no token" in line]
         assert status == 0
         assert told == ["WARNING: step 12: layer 1: expert 2 got no token for 2 steps"]
-        assert all(shares[n] == 0 for n in range(10, 30))
-        assert sum(shares[n] for n in range(30, 60)) > 0
+        assert all(shares[n] == 0 for n in range(10, 24))
+        assert sum(shares[n] for n in range(24, 36)) > 0

@@ -63,7 +63,7 @@ def go_on(course, run: Run) -> None:
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_signal_ends_training_with_its_state_kept(course, ledger, stop):
     draw = random.Random(stop)
-    for i in range(times(1, 10)):
+    for i in range(times(1, 3)):
         run = Run(runs.ROOT / f"x{i}")
         reader, writer = os.pipe()
 
@@ -87,7 +87,7 @@ def test_a_signal_ends_training_with_its_state_kept(course, ledger, stop):
 def test_a_terminal_that_closes_ends_training_with_its_state_kept(course, ledger):
     """A login shell's end: SIGHUP comes, and nothing can be written any more."""
     draw = random.Random(0)
-    for i in range(times(1, 10)):
+    for i in range(times(1, 3)):
         run = Run(runs.ROOT / f"x{i}")
         reader, writer = os.pipe()
         child, terminal = pty.fork()
