@@ -9,8 +9,9 @@ from kit import FULL, Course, Ledger, can_mount, write_record, write_shop
 LEDGER = Ledger()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def ledger():
+    """Counts of this session so far, written after each test: the next may not come to an end."""
     yield LEDGER
     if FULL:
         write_record(LEDGER.rows())

@@ -104,6 +104,7 @@ def slow_down_saving(writer: int) -> None:
 
 def killed(course: Course, run: Run, draw: random.Random, slow: bool) -> str | None:
     """Where a child was killed, "saving" or "training"; None when it came to its end."""
+    slow = slow and run.has_begun  # a new run gets its first checkpoint quickly
     child = Child(course, run, slow)
     if child.hear(b"w" if slow else b"t"):
         time.sleep(draw.uniform(0, 0.4))
