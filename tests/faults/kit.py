@@ -25,6 +25,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from hypothesis import HealthCheck, settings
 
 from nano_moe import recipe_file, runs
 from nano_moe.cli.main import main
@@ -270,6 +271,12 @@ BEGIN, END = "<!-- faults: written by make test-faults and make soak -->", "<!--
 def times(few: int, many: int) -> int:
     """How often to try a fault: in `make test-all`, and in `make test-faults`."""
     return many if FULL else few
+
+
+def fuzz(few: int, many: int) -> settings:
+    """So many examples, each of which may use the working folder and the ledger."""
+    allowed = list(HealthCheck)
+    return settings(max_examples=times(few, many), deadline=None, suppress_health_check=allowed)
 
 
 class Ledger:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kit import STEPS, TINY, times, verb
+from kit import STEPS, TINY, fuzz, verb
 
 from nano_moe import recipe_file, runs
 from nano_moe.config import DataConfig
@@ -26,14 +26,6 @@ from nano_moe.text import files, store
 from nano_moe.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
 pytestmark = pytest.mark.slow
-
-
-def fuzz(few: int, many: int):
-    return settings(
-        max_examples=times(few, many),
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 # --- who writes where ----------------------------------------------------------------------------

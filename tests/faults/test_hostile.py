@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kit import TINY, copy_of, refused, times, verb
+from kit import STEPS, TINY, copy_of, fuzz, refused, verb
 
 from nano_moe.explorer.desk import Desk
 from nano_moe.explorer.opened import find
@@ -192,7 +192,7 @@ BOMBS = {
     "tag": "seed: !!python/object/apply:os.system [touch executed]",
     "object": "!!python/object/new:os.system [touch executed]",
     "many documents": "--- {}\n" * 5000,
-    "steps": TINY.replace("steps: 60", "steps: " + "9" * 30),
+    "steps": TINY.replace(f"steps: {STEPS}", "steps: " + "9" * 30),
     "layers": TINY.replace("n_layers: 2", "n_layers: 1000000000000"),
     "width": TINY.replace("d_model: 16", "d_model: 1000000000000"),
     "experts": TINY.replace("n_experts: 4", "n_experts: 1000000000000"),
@@ -255,7 +255,7 @@ HOSTS = st.sampled_from(
 ) | st.text(max_size=20)
 
 
-@settings(max_examples=times(60, 1000), deadline=None)
+@fuzz(60, 1000)
 @given(HOSTS, st.sampled_from(["/", "/api/runs/0/compute", "/nowhere"]), st.booleans())
 def test_other_hosts_get_nothing(app, ledger, host, path, twice):
     """A name that resolves to this machine is not ours for that; nor are two at once."""
@@ -269,7 +269,7 @@ def test_other_hosts_get_nothing(app, ledger, host, path, twice):
         assert host in ours or json.loads(body).keys() == {"error"}
 
 
-@settings(max_examples=times(30, 300), deadline=None)
+@fuzz(30, 300)
 @given(st.lists(st.integers(1, BODY), min_size=1, max_size=4), st.booleans())
 def test_large_bodies_are_cut_off(app, ledger, sizes, announced):
     """With their length said or not, in one piece or several."""
