@@ -37,7 +37,10 @@ BPE_SAMPLE = 20_000_000  # bytes of training text that merges are counted on, at
 SEGMENT = 1 << 16  # characters handed to the regex engine at once; its stack is finite
 UNKNOWN = "\ufffd"
 FORMAT = 1
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+BROKEN = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError),
+    RecursionError,
+)
 
 
 class Tokenizer(abc.ABC):
