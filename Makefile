@@ -19,7 +19,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 # What was given on make's command line and is no variable of this file goes to the recipe.
 # (make takes `a.b=c` as a variable of its own, so a plain target would silently drop it.)
-OWN := RECIPE RUN RUNS TO OUT QUANT FROM CONTEXT STUDY TIER DENSE SPARSE STEP_RATIO NAME PROMPT PORT PYTHON TORCH_ARGS VENV ARGS LITGPT_PYTHON
+OWN := RECIPE RUN RUNS TO OUT QUANT FROM CONTEXT STUDY TIER DENSE SPARSE STEP_RATIO NAME PROMPT PORT PYTHON TORCH_ARGS VENV ARGS MINUTES LITGPT_PYTHON
 # Only the command line counts: a NAME or PORT of the shell's environment is not meant for us.
 given = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
 quote = '$(subst ','\'',$(1))'
@@ -30,7 +30,7 @@ plain = $(if $(strip $(OVERRIDES)),$(error make $@ takes no recipe fields: $(str
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train resume eval sample count show compare break-even reproduce verify report \
-	export import tasks explore report-html prepare tensorboard test test-all bench lint types format
+	export import tasks explore report-html prepare tensorboard test test-all test-faults soak bench lint types format
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -106,6 +106,12 @@ test: $(STAMP) ## the fast tests
 
 test-all: $(STAMP) ## all tests, slow ones too
 	@$(PYTEST) -m 'not gpu' $(call given,ARGS)
+
+test-faults: $(STAMP) ## kills, full disks, fuzzing, … in full counts; writes the table of tests/README.md
+	$(plain)@NANO_MOE_FAULTS=full $(BIN)/pytest -m 'not gpu' tests/faults $(call given,ARGS)
+
+soak: $(STAMP) ## two hours of training, watched for leaks (MINUTES=1 to try it)
+	$(plain)@$(BIN)/python tests/faults/soak.py $(if $(call given,MINUTES),--minutes $(call quote,$(MINUTES)))
 
 bench: $(STAMP) ## time layers, steps, other libraries, optimizer and input here (15 minutes)
 	$(plain)@for name in layer step optimizer data; do $(NANO) bench $$name $(call given,ARGS) || exit; done

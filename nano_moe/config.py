@@ -517,7 +517,7 @@ class DataConfig(Section):
         values = dict(values)
         if isinstance(values.get("files"), str):
             values["files"] = [values["files"]]
-        if "" in (values.get("files") or ()):
+        if isinstance(values.get("files"), list | tuple) and "" in values["files"]:
             raise FieldFault("files", "an empty path; name a file or folder")
         if values.get("files") or values.get("hub"):
             values["domains"] = []

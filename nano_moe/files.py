@@ -1,10 +1,15 @@
-"""Files that are whole or absent: written beside their place, synced, renamed into it."""
+"""Files that are whole or absent: written beside their place, synced, renamed into it.
+
+A sealed file ends with the sha256 of what stands before it, so that one spoilt later is told apart.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,23 +18,90 @@ from typing import IO
 
 from nano_moe.errors import UserError
 
+SEAL = b"\nnano_moe sha256 "
+SEAL_BYTES = len(SEAL) + 64 + 1  # hexadecimal digits and a line's end
+
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, sealed: bool = False, keep: Path | None = None) -> Iterator[IO[bytes]]:
     """A binary file to write that becomes `path` at the end of the block, or never existed.
 
-    Raises OSError when the disk refuses; what was at `path` is then untouched.
+    What was at `path` becomes `keep`, where that is given. Raises OSError when the disk refuses;
+    what was there is then untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             yield file
+            if sealed:
+                file.seek(0)
+                file.write(SEAL + hashlib.file_digest(file, "sha256").hexdigest().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a sealed file is another than was written; one without a seal is never called so."""
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END) - SEAL_BYTES
+        file.seek(max(0, length))
+        seal = file.read()
+        if not seal.startswith(SEAL):
+            return False
+        file.seek(0)
+        digest = hashlib.sha256()
+        while length > 0:
+            part = file.read(min(length, 1 << 20))
+            digest.update(part)
+            length -= len(part) or length
+    return seal != SEAL + digest.hexdigest().encode() + b"\n"
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """One process at a time between here and the block's end, by a lock file that goes with it.
+
+    A killed process holds no lock. Raises BlockingIOError where another holds it and `wait` is
+    off, and OSError where the file cannot be made. Without effect on disks that know no locks.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            _lock(handle, wait)
+            if _is_at(handle, path):  # else its holder has removed it meanwhile
+                break
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(handle: int, wait: bool) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

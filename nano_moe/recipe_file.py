@@ -30,7 +30,10 @@ from nano_moe.config import FieldFault, Recipe
 from nano_moe.errors import UserError
 from nano_moe.published import Published
 
-MAX_BYTES = 1_000_000  # a recipe is a page of text, not a data file
+MAX_BYTES = 100_000  # a recipe is a page of text, not a data file
+MAX_DIGITS = 300  # of a whole number; Python refuses to write out much longer ones
+MAX_NAMES = 30  # of files that are there instead
+MAX_BASES = 20  # files that one recipe inherits through
 MAX_NODES = 10_000  # aliases can make a small file expand without end
 
 PUBLISHED = {"published", "weights"}  # either field makes a file a published model,
@@ -96,6 +99,8 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     if resolved in seen:
         chain = " -> ".join(str(p.name) for p in (*seen, resolved))
         raise UserError(f"{path}: base: these files inherit in a circle ({chain}); break it")
+    if len(seen) > MAX_BASES:
+        raise UserError(f"{path}: base: inherits through more than {MAX_BASES} files; shorten it")
     tree = parse(text, str(path))
     base = tree.values.pop("base", None)
     if base is None:
@@ -103,7 +108,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     if not isinstance(base, str):
         raise UserError(f"{tree.origins[('base',)]}: base: must be the name of one file")
     base_path = path.parent / base
-    if not base_path.is_file():
+    if not _is_file(base_path):
         raise UserError(
             f"{tree.origins[('base',)]}: base: no file {base_path}{_suggest_file(base_path)}"
         )
@@ -186,6 +191,13 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name a recipe file") from None
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as of a name that is too long
+        return False
+
+
 def _suggest_file(path: Path) -> str:
     try:
         names = sorted(p.name for p in path.parent.glob("*.yaml"))
@@ -194,7 +206,8 @@ def _suggest_file(path: Path) -> str:
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?"
-    return f"; {path.parent}{os.sep} holds {', '.join(names)}" if names else ""
+    more = ", …" if names[MAX_NAMES:] else ""
+    return f"; {path.parent}{os.sep} holds {', '.join(names[:MAX_NAMES])}{more}" if names else ""
 
 
 def _plain(node: Any, source: str) -> Any:
@@ -213,6 +226,8 @@ def _plain_within(node: Any, source: str, budget: list[int]) -> Any:
         return {str(k): _plain_within(v, source, budget) for k, v in node.items()}
     if isinstance(node, CommentedSeq):
         return [_plain_within(v, source, budget) for v in node]
+    if isinstance(node, int) and abs(node) >= 10**MAX_DIGITS:
+        raise UserError(f"{source}: holds a number of more than {MAX_DIGITS} digits; shorten it")
     for kind, plain in ((ScalarFloat, float), (ScalarInt, int), (ScalarString, str)):
         if isinstance(node, kind):
             return plain(node)

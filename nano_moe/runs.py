@@ -4,23 +4,31 @@ recipe.yaml     the resolved recipe; re-runs as it is
 manifest.json   git commit, versions, device, seed, corpus hash, parameter counts
 tokenizer.json  what turns text into this run's tokens
 metrics.csv     one row per logged step, beside TensorBoard's event files
-last.ckpt       everything needed to go on; best.ckpt: the lowest validation loss
+last.ckpt       everything needed to go on
+previous.ckpt   the last.ckpt before it; what goes on where last.ckpt turns out to be damaged
+best.ckpt       the lowest validation loss so far
+
+No other checkpoint is kept, so a run holds three of them at most, and a fourth while one is being
+written. Each ends with its checksum; older ones, without, are taken as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
 import subprocess
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -28,16 +36,30 @@ from nano_moe import recipe_file
 from nano_moe.accounting import count
 from nano_moe.config import Recipe
 from nano_moe.errors import UserError
-from nano_moe.files import make_folder, write_text
+from nano_moe.files import is_damaged, locked, make_folder, write_text
 
 if TYPE_CHECKING:
     from nano_moe.model.gpt import GPT
     from nano_moe.text.store import Corpus
 
+log = logging.getLogger("nano_moe")
+
 ROOT = Path("checkpoints")
 SCHEMA = 1  # of a checkpoint's contents; raised when an older reader would misread it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PACKAGES = ("nano-moe", "torch", "lightning", "numpy", "tiktoken", "rustbpe")
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is missing or not what was written; another one of the run may be whole."""
+
+
+class Found(NamedTuple):
+    """A whole checkpoint: its file, its content, and what was passed over for it, in one line."""
+
+    path: Path
+    content: dict[str, Any]
+    warning: str | None
 
 
 @dataclass(frozen=True)
@@ -71,8 +93,22 @@ class Run:
         return self.path / "last.ckpt"
 
     @property
+    def previous(self) -> Path:
+        return self.path / "previous.ckpt"
+
+    @property
     def best(self) -> Path:
         return self.path / "best.ckpt"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is something to go on from."""
+        return self.last.is_file() or self.previous.is_file()
+
+    @property
+    def weights(self) -> list[Path]:
+        """The checkpoints to take trained weights from, the first choice first."""
+        return [path for path in (self.best, self.last, self.previous) if path.is_file()]
 
     def recipe(self) -> Recipe:
         """The resolved recipe; where it names a tokenizer's file, it now names the run's copy."""
@@ -123,17 +159,40 @@ def stem_of(recipe_path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", stem).strip("-.") or "run"
 
 
+def is_run(path: Path) -> bool:
+    return _is_folder(path) and (path / "recipe.yaml").is_file()
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # such as of a name that is too long
+        return False
+
+
 def find(name: str, root: Path = ROOT) -> Run:
     """The run of that name under `root`, or at that path; raises UserError with near names."""
     for path in (root / name, Path(name)) if NAME.fullmatch(name) else (Path(name),):
-        if path.is_dir() and (path / "recipe.yaml").is_file():
+        if is_run(path):
             return Run(path)
-        if path.is_dir() and path != root:
+        if _is_folder(path) and path != root:
             raise UserError(f"{path}: not a run folder (it holds no recipe.yaml)")
     names = sorted(p.parent.name for p in root.glob("*/recipe.yaml"))
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:5]
     known = f"nearest: {', '.join(close)}" if close else f"{root}{os.sep} holds no run yet"
     raise UserError(f"run '{name}': no such run; {known}")
+
+
+@contextlib.contextmanager
+def training(run: Run) -> Iterator[None]:
+    """Raises UserError where another process trains this run."""
+    try:
+        with locked(run.path / ".lock", wait=False):
+            yield
+    except BlockingIOError as error:
+        raise UserError(
+            f"{run.path}: another process is training this run; wait for its end, or stop it first"
+        ) from error
 
 
 def source_of(recipe: Recipe) -> Run | None:
@@ -176,19 +235,44 @@ def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
     import torch
 
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; the run may not have saved one yet")
+        raise DamagedCheckpoint(f"{path}: no such checkpoint; the run may not have saved one yet")
+    if is_damaged(path):
+        raise DamagedCheckpoint(
+            f"{path}: damaged (not the bytes that its checksum was made of); "
+            "use another checkpoint of the run"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on foreign files torch also warns
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises many kinds for truncated or foreign files
         reason = (str(error).splitlines() or ["unreadable"])[0].split(". ")[0][:120]
-        raise UserError(
+        raise DamagedCheckpoint(
             f"{path}: not a readable checkpoint ({reason}); it is truncated or foreign, "
             "use another checkpoint of the run"
         ) from error
     check_schema(checkpoint, path)
     return checkpoint
+
+
+def first_whole(paths: Sequence[Path], map_location: str = "cpu") -> Found:
+    """The first of these checkpoints that is not damaged; raises the first one's UserError."""
+    faults: list[DamagedCheckpoint] = []
+    for path in paths:
+        try:
+            content = read_checkpoint(path, map_location)
+        except DamagedCheckpoint as error:
+            faults.append(error)
+            continue
+        step, passed = content["global_step"], [str(f).rsplit("; ", 1)[0] for f in faults]
+        warning = f"{'; '.join(passed)}; taking {path.name} of step {step}" if passed else None
+        return Found(path, content, warning)
+    raise faults[0]
+
+
+def newest(run: Run) -> Found:
+    """The checkpoint to go on from; raises UserError."""
+    return first_whole([run.last, run.previous])
 
 
 def check_schema(checkpoint: Any, path: Path) -> None:
@@ -199,7 +283,7 @@ def check_schema(checkpoint: Any, path: Path) -> None:
     state, step = checkpoint.get("state_dict"), checkpoint.get("global_step")
     whole = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not whole or not isinstance(step, int) or ours["schema"] < 1:
-        raise UserError(f"{path}: a checkpoint without weights or step; it is damaged")
+        raise DamagedCheckpoint(f"{path}: a checkpoint without weights or step; it is damaged")
     if ours["schema"] > SCHEMA:
         raise UserError(
             f"{path}: written with checkpoint schema {ours['schema']}, this version reads up to "
@@ -208,12 +292,16 @@ def check_schema(checkpoint: Any, path: Path) -> None:
 
 
 def load_model(run: Run, *, device: str = "cpu") -> tuple[Recipe, GPT, int]:
-    """Recipe, trained decoder in eval mode, and the step it was saved at; best.ckpt if there is."""
+    """Recipe, trained decoder in eval mode, and the step it was saved at; best.ckpt if there is.
+
+    A damaged checkpoint is passed over with a warning where there is a whole one.
+    """
     from nano_moe.model.gpt import GPT
 
     recipe = run.recipe()
-    path = run.best if run.best.is_file() else run.last
-    checkpoint = read_checkpoint(path, device)
+    path, checkpoint, warning = first_whole(run.weights or [run.last], device)
+    if warning is not None:
+        log.warning(warning)
     model = GPT(recipe.model)
     state = {
         key.removeprefix("model."): value

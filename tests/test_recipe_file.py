@@ -394,9 +394,14 @@ def test_merge_keys_count_as_written_and_faults_in_them_name_their_block():
     assert message.startswith("x.yaml:12: optim.grad_clop: no such field")
 
 
+@pytest.mark.parametrize("value", ["true", "-1", "2.5", "2001-01-01"])
+def test_files_that_are_no_list_of_names_are_refused(value):
+    assert "data.files" in fault(BASE, f"data.files={value}")
+
+
 def test_a_file_too_large_for_a_recipe_is_refused(folder):
-    (folder / "big.yaml").write_text("#" * 1_000_001)
-    with pytest.raises(UserError, match=r"big\.yaml: larger than 1000000 bytes"):
+    (folder / "big.yaml").write_text("#" * 100_001)
+    with pytest.raises(UserError, match=r"big\.yaml: larger than 100000 bytes"):
         recipe_file.load("big.yaml")
 
 

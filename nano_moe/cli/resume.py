@@ -1,4 +1,4 @@
-"""`resume RUN`: go on from last.ckpt, bit for bit as if never stopped."""
+"""`resume RUN`: go on from the newest whole checkpoint, bit for bit as if never stopped."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     found = runs.find(args.run)
     recipe = found.recipe()
-    if not found.last.is_file() and "imported" in found.manifest():
+    if not found.has_begun and "imported" in found.manifest():
         raise UserError(
             f"{found.path}: imported weights come without the optimizer's state; score or sample "
             "them, or start a sparse run from a dense one with model.moe.init_from"
         )
-    step = int(runs.read_checkpoint(found.last)["global_step"])
+    step = int(runs.newest(found).content["global_step"])
     if step >= recipe.trainer.steps:
         raise UserError(
             f"{found.path}: finished at step {step}; nothing to resume, "

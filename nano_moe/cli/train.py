@@ -37,6 +37,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"run {created.path}", file=sys.stderr)
         result = fit(created, recipe, corpus)
     finally:
-        if not created.last.exists():  # it never began: leave no empty folder under that name
+        if not created.has_begun:  # it never began: leave no empty folder under that name
             shutil.rmtree(created.path, ignore_errors=True)
     return finish(created, recipe, corpus, result, as_json=args.json)

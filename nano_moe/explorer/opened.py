@@ -44,7 +44,7 @@ DENSE = "{}: a dense run; every token takes the same way, so there is nothing to
 def find(name: str, root: Path = runs.ROOT) -> Opened:
     """The run of that name or path, which must lie within `root`; raises UserError."""
     inside = root / name
-    run = Run(inside) if (inside / "recipe.yaml").is_file() else runs.find(name, root)
+    run = Run(inside) if runs.is_run(inside) else runs.find(name, root)
     path = run.path.resolve()
     if not path.is_relative_to(root.resolve()):
         raise UserError(f"{name}: lies outside of {root}/; copy or move the run into it")

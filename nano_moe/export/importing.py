@@ -200,7 +200,7 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> No
 
 def _save(path: Path, checkpoint: dict[str, Any]) -> None:
     try:
-        with replacing(path) as file:
+        with replacing(path, sealed=True) as file:
             torch.save(checkpoint, file)
     except RuntimeError as error:  # as torch reports a full disk
         raise OSError(errno.ENOSPC, "the disk may be full", str(path)) from error

@@ -115,9 +115,9 @@ def split_weights(run: Run) -> tuple[ExpertFile, dict[str, Tensor], int]:
 
 
 def _mark(run: Run) -> str:
-    path = run.best if run.best.is_file() else run.last
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; the run may not have saved one yet")
+    if not run.weights:
+        raise UserError(f"{run.last}: no such checkpoint; the run may not have saved one yet")
+    path = run.weights[0]
     stat = path.stat()
     return f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
 

@@ -224,7 +224,7 @@ def _start(task: Task, *held: int) -> subprocess.Popen[bytes]:
 def _claim(task: Task) -> None:
     """Make the run's folder; one that a killed run left without a checkpoint is begun anew."""
     folder = Path(task.job.folder)
-    if folder.exists() and not (task.job.run.last.is_file() or task.job.result.is_file()):
+    if folder.exists() and not (task.job.run.has_begun or task.job.result.is_file()):
         shutil.rmtree(folder)
     if not folder.exists():
         runs.create(task.recipe, stem=task.planned.stem, name=folder.name, root=folder.parent)

@@ -81,6 +81,7 @@ def work(job: Job) -> str | None:
         write_json(job.result, {**_provenance(job, recipe), **found})
     if job.run.best.is_file():  # it holds the weights, and there is no going on
         job.run.last.unlink(missing_ok=True)
+        job.run.previous.unlink(missing_ok=True)
     if job.look is not None:
         write_json(job.looked, looks.at(job.look, job.run, _corpus(recipe)))
     return None
@@ -102,7 +103,7 @@ def _train(job: Job, recipe: Recipe, idle: int) -> dict[str, Any] | str:
     corpus = _corpus(recipe)
     watchers = looks.watchers(job.look, job.run, corpus)
     result = fit(
-        job.run, recipe, corpus, resume=job.run.last.is_file(), progress=False, watchers=watchers
+        job.run, recipe, corpus, resume=job.run.has_begun, progress=False, watchers=watchers
     )
     if result.stopped_by is not None:
         return result.stopped_by

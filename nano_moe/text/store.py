@@ -10,7 +10,6 @@ on with where a fault or a kill left it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -20,7 +19,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
-from nano_moe.files import sync, write_text
+from nano_moe.files import locked, sync, write_text
 from nano_moe.text import corpus, hub
 from nano_moe.text import tokenizer as tokenizers
 from nano_moe.text.shelf import Part, Shelf
@@ -99,12 +98,14 @@ def prepare(data: DataConfig, vocab_size: int, context: int, *, progress: bool =
     """
     found = corpus.sources(data)
     folder = Path(os.path.expanduser(data.cache)) / _folder_name(data, vocab_size, found)
-    prepared = _open_or_remove(folder)
+    prepared = _open_or_none(folder)
     if prepared is None:
-        with _writing(folder), _alone(folder) if found.hub else nullcontext():
-            if not folder.exists():  # another process may have built it by now
-                _build(folder, data, vocab_size, context, found, progress)
-        prepared = open_corpus(folder)
+        with _alone(folder):
+            prepared = _open_or_remove(folder)  # another process may have built it meanwhile
+            if prepared is None:
+                with _writing(folder):
+                    _build(folder, data, vocab_size, context, found, progress)
+                prepared = open_corpus(folder)
     tokenizers.check_fits(prepared.tokenizer, vocab_size)
     _check_length(data, context, len(prepared.train), len(prepared.val))
     return prepared
@@ -133,6 +134,12 @@ def _open_split(path: Path, name: str) -> Split:
     tokens = np.load(path / f"{name}.npy", mmap_mode="r")
     table = np.load(path / f"{name}_documents.npy")
     return Split(tokens, *np.ascontiguousarray(table.T))
+
+
+def _open_or_none(folder: Path) -> Corpus | None:
+    with suppress(UserError):
+        return open_corpus(folder)
+    return None
 
 
 def _open_or_remove(folder: Path) -> Corpus | None:
@@ -427,21 +434,6 @@ def _kept(folder: Path) -> Iterator[Place]:
     shutil.rmtree(place.folder, ignore_errors=True)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process builds the folder."""
-    path = folder.with_name(f".{folder.name}{LOCK}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("%s: another process is preparing it; waiting for that one", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        path.unlink(missing_ok=True)
-
-
 def _remove_abandoned(folder: Path) -> None:
     """Delete what a killed process left of this folder, once it is a day old."""
     for left in folder.parent.glob(f".{folder.name}.*"):
@@ -458,15 +450,35 @@ def _aside(folder: Path) -> Path:
 
 
 @contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time builds this folder; a second one waits, and then finds it built."""
+    lock = folder.with_name(f".{folder.name}{LOCK}")
+    with ExitStack() as stack:
+        with _writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(locked(lock, wait=False))
+            except BlockingIOError:
+                log.warning("%s: another process is preparing it; waiting for that", folder)
+                stack.enter_context(locked(lock, wait=True))
+        yield
+
+
+@contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     """Turn what the disk refuses into one line."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{folder}: prepared tokens cannot be written ({error.strerror or error}); "
+            f"{folder}: prepared tokens cannot be written ({_reason(error)}); "
             "free some space or set data.cache=PATH"
         ) from error
+
+
+def _reason(error: OSError) -> str:
+    """NumPy tells of a full disk in bytes alone."""
+    return error.strerror or f"the disk may be full: {error}"
 
 
 def _check_length(data: DataConfig, context: int, n_train: int, n_val: int) -> None:

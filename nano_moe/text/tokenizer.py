@@ -38,6 +38,10 @@ BPE_SAMPLE = 20_000_000  # bytes of training text that merges are counted on, at
 SEGMENT = 1 << 16  # characters handed to the regex engine at once; its stack is finite
 UNKNOWN = "\ufffd"
 FORMAT = 1
+BROKEN = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError),
+    RecursionError,
+)
 
 
 class Tokenizer(abc.ABC):
@@ -114,7 +118,7 @@ class Tokenizer(abc.ABC):
             tokenizer = _restore(saved)
             if tokenizer.n_vocab != saved["n_vocab"]:
                 raise ValueError(f"{tokenizer.n_vocab} ids, the header says {saved['n_vocab']}")
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        except BROKEN as error:
             raise UserError(
                 f"{path}: not a readable tokenizer ({type(error).__name__}: {error}); "
                 "prepare the data again, or restore the file"

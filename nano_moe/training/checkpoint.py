@@ -19,14 +19,22 @@ from nano_moe.training.step_callback import StepCallback
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Write a temporary file in the same folder, fsync, rename; read with weights_only=True."""
+    """Write a temporary file in the same folder, fsync, rename; read with weights_only=True.
+
+    A last.ckpt that this process wrote or read whole becomes previous.ckpt; a damaged one does not.
+    """
+
+    def __init__(self) -> None:
+        self._whole: set[Path] = set()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         path = Path(path)
+        run = Run(path.parent)
+        keep = run.previous if path == run.last and path.absolute() in self._whole else None
         try:
-            with replacing(path) as file:
+            with replacing(path, sealed=True, keep=keep) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             reason = getattr(error, "strerror", None) or "the disk may be full"
@@ -34,11 +42,14 @@ class AtomicCheckpointIO(CheckpointIO):
                 f"{path}: could not be written ({reason}); the one before it is untouched, "
                 "free some space and resume"
             ) from error
+        self._whole.add(path.absolute())
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checkpoint(Path(path), "cpu")
+        content = read_checkpoint(Path(path), "cpu")
+        self._whole.add(Path(path).absolute())
+        return content
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

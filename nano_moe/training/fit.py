@@ -19,7 +19,7 @@ from nano_moe.evaluation import Evaluation
 from nano_moe.files import remove_torn
 from nano_moe.footprint import peak
 from nano_moe.memory import keep_freed_memory, return_freed_memory
-from nano_moe.runs import Run, check_corpus, check_recipe, describe, read_checkpoint, write_json
+from nano_moe.runs import Run, check_corpus, check_recipe, describe, newest, training, write_json
 from nano_moe.text.store import Corpus
 from nano_moe.training.alarm import Alarm
 from nano_moe.training.checkpoint import AtomicCheckpointIO, SaveLast
@@ -29,9 +29,12 @@ from nano_moe.training.module import Decoder, NonFiniteTraining
 from nano_moe.training.nonfinite import report_nonfinite
 from nano_moe.training.progress import Progress
 from nano_moe.training.signals import StopSignal
+from nano_moe.training.spikes import SpikeAlarm
 from nano_moe.training.telemetry import Recorder, Telemetry
 from nano_moe.training.validation import Validation
 from nano_moe.training.warm_start import warm_start
+
+log = logging.getLogger("nano_moe")
 
 LARGE = 500 * 10**6  # bytes of a step from which on they matter more than page faults
 
@@ -57,10 +60,23 @@ def fit(
 ) -> Result:
     """Train to the recipe's last step; raises UserError on bad input and on non-finite loss.
 
-    `watchers` are called after all callbacks of the training's own.
+    And where another process trains this run. `watchers` are called after all callbacks of the
+    training's own.
     """
+    with training(run):
+        return _fit(run, recipe, corpus, resume, progress, watchers)
+
+
+def _fit(
+    run: Run,
+    recipe: Recipe,
+    corpus: Corpus,
+    resume: bool,
+    progress: bool,
+    watchers: Sequence[L.Callback],
+) -> Result:
     device, precision = choose_device(recipe), choose_precision(recipe)
-    start = prepare_run(run, recipe, corpus, device, resume=resume)
+    source, start = prepare_run(run, recipe, corpus, device, resume=resume)
     _quiet()
     if device.type == "cpu":
         large = peak(recipe, precision).bytes >= LARGE
@@ -71,11 +87,11 @@ def fit(
     validation = Validation(run, corpus, recorder, clock, precision)
     top_k = 0 if recipe.model.moe is None else recipe.model.moe.top_k
     alarm = Alarm(top_k, recipe.trainer.log_every, progress)
+    spikes = SpikeAlarm(recipe.trainer.log_every, recipe.optim.grad_clip, progress)
     bar = Progress(recipe.tokens_per_step, clock, validation, alarm, progress)
     save = SaveLast(run, recipe.trainer.save_every, stop, clock)
-    trainer = _trainer(
-        recipe, device, precision, [stop, telemetry, validation, alarm, bar, save, *watchers]
-    )
+    callbacks = [stop, telemetry, validation, alarm, spikes, bar, save, *watchers]
+    trainer = _trainer(recipe, device, precision, callbacks)
     torch.manual_seed(recipe.seed)  # a resumed run's state comes from its checkpoint
     module = Decoder(recipe)
     if not resume:
@@ -85,7 +101,7 @@ def fit(
         module.model.compile()
     try:
         data = TokenData(corpus, recipe)
-        trainer.fit(module, data, ckpt_path=str(run.last) if resume else None)
+        trainer.fit(module, data, ckpt_path=source)
     except NonFiniteTraining as error:
         raise report_nonfinite(error, run, module) from error
     except SystemExit as error:  # what the trainer makes of a second Ctrl-C
@@ -104,18 +120,23 @@ def fit(
 
 def prepare_run(
     run: Run, recipe: Recipe, corpus: Corpus, device: torch.device, *, resume: bool
-) -> int | None:
-    """Write what describes a new run, or check what is resumed; its step, None for a new run."""
+) -> tuple[str | None, int | None]:
+    """Write what describes a new run, or check what is resumed.
+
+    Its checkpoint and step, None for a new run.
+    """
     if resume:
         check_corpus(run, corpus)
         remove_torn(run.path)
-        checkpoint = read_checkpoint(run.last)
+        path, checkpoint, warning = newest(run)
         check_recipe(run, recipe, checkpoint)
-        return int(checkpoint["global_step"])
+        if warning is not None:
+            log.warning(warning)
+        return str(path), int(checkpoint["global_step"])
     corpus.tokenizer.save(run.tokenizer_file)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     write_json(run.manifest_file, describe(recipe, corpus=corpus, device=name))
-    return None
+    return None, None
 
 
 def check_compiler(device: torch.device) -> None:

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM end training after the current optimizer step, with a checkpoint."""
+"""Ctrl-C, SIGTERM and a closed terminal end training after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -26,11 +27,16 @@ class StopSignal(L.Callback):
         At the end, however it comes, the trainer puts back what it found before both.
         """
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                    signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        os.write(2, f"\n{self.signal.name}: stopping after this step\n".encode())  # reentrant
+        try:
+            os.write(2, f"\n{self.signal.name}: stopping after this step\n".encode())  # reentrant
+        except OSError:  # nobody is there: what else is said must not end the training
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -169,7 +169,8 @@ def _newer(path: Path) -> None:
     ],
 )
 def test_a_spoilt_checkpoint(shop, verb, spoil, part):
-    Path("checkpoints/done/best.ckpt").unlink()
+    for other in ("best", "previous"):
+        Path(f"checkpoints/done/{other}.ckpt").unlink()
     spoil(Path("checkpoints/done/last.ckpt"))
     message = shop.fault(verb, "done")
     assert part in message and "last.ckpt" in message

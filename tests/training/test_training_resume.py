@@ -162,14 +162,15 @@ def test_a_signal_in_the_last_step_is_a_finished_run(workshop):
 
 @pytest.mark.parametrize("end", ["at the last step", "by a signal", "by a crash"])
 def test_a_training_leaves_the_signal_handlers_as_it_found_them(workshop, end):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in ours]
     if end == "by a signal":
         workshop.signal_at(2)
     if end == "by a crash":
         workshop.during(2, lambda: 1 / 0)
     with contextlib.suppress(ZeroDivisionError):
         workshop.train(workshop.recipe(trainer__steps=3))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in ours] == before
 
 
 def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(workshop):
