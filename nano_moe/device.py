@@ -7,7 +7,7 @@ import os
 import torch
 
 from nano_moe.accounting import FLOAT32_BYTES, count
-from nano_moe.config import Recipe
+from nano_moe.config import FieldFault, Recipe
 from nano_moe.errors import UserError
 
 
@@ -23,6 +23,32 @@ def choose_device(recipe: Recipe) -> torch.device:
             "trainer.accelerator to cpu"
         )
     return torch.device("cuda" if use_gpu else "cpu")
+
+
+def choose_devices(recipe: Recipe) -> int:
+    """Processes on this node, each with a GPU of its own where there are any; raises UserError."""
+    wanted, gpus = recipe.trainer.devices, torch.cuda.device_count()
+    if choose_device(recipe).type == "cpu":
+        there = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
+        return there if wanted == "auto" else wanted
+    if wanted == "auto":
+        return gpus
+    if wanted > gpus:
+        raise UserError(
+            f"trainer.devices: {wanted} GPUs, but this node has {gpus}; set it to {gpus} or auto, "
+            "or trainer.accelerator to cpu"
+        )
+    return wanted
+
+
+def count_processes(recipe: Recipe) -> int:
+    """Processes on all nodes; raises UserError where they cannot share the recipe evenly."""
+    n = choose_devices(recipe) * recipe.trainer.nodes
+    try:
+        recipe.check_split(n)
+    except FieldFault as fault:
+        raise UserError(f"{fault.field}: {fault}") from fault
+    return n
 
 
 def choose_precision(recipe: Recipe) -> str:
