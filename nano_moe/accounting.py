@@ -80,7 +80,7 @@ def weight_groups(model: ModelConfig) -> Iterator[WeightGroup]:
     else:
         yield from _latent_attention(model, model.mla)
     yield WeightGroup("norm", "norms", (width,), 2 * layers + 1, 2 * layers + 1, 0)
-    sparse = _sparse_layers(model)
+    sparse = sparse_layers(model)
     if sparse < layers:
         yield from _ffn("ffn", model, model.d_ff, layers - sparse, layers - sparse)
     if model.moe is not None:
@@ -245,7 +245,8 @@ def _router_groups(model: ModelConfig, moe: MoEConfig, sparse: int) -> Iterator[
         yield WeightGroup("router", "scale", (moe.n_experts,), sparse, sparse, 0)
 
 
-def _sparse_layers(model: ModelConfig) -> int:
+def sparse_layers(model: ModelConfig) -> int:
+    """How many layers hold experts."""
     return sum(model.is_sparse(layer) for layer in range(model.n_layers))
 
 

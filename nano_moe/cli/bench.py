@@ -1,4 +1,4 @@
-"""`bench NAME`: time layers, steps, other libraries, decoding, the input or the explorer."""
+"""`bench NAME`: time layers, steps, other libraries, decoding, exchanges, input, the explorer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from nano_moe.errors import UserError
 if TYPE_CHECKING:
     from nano_moe.bench.report import Report
 
-BENCHMARKS = ("layer", "step", "peers", "optimizer", "data", "decode", "char", "explore", "offload")
+BENCHMARKS = (
+    "layer", "step", "peers", "optimizer", "data", "decode", "char", "explore", "offload", "comm",
+)  # fmt: skip
 OPTIONS = {"peers": "litgpt_python", "offload": "run"}  # of one benchmark each
 FOLDER = runs.ROOT / "bench"
 MARK = "nano_moe_bench"  # a key of every file that this verb writes
