@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nano_moe import ranks
 from nano_moe.config import Recipe
+from nano_moe.model import kernels
 from nano_moe.model.expert_parallel import (
     all_rows,
     average_expert_gradients,
@@ -186,6 +187,7 @@ class FullyShardedStrategy(Gathered, ModelParallelStrategy):
 
     def share_out(self, model: GPT) -> None:
         # Blocks by themselves, and what is left with the whole.
+        kernels.leave_resizable()
         mesh = self.device_mesh["data_parallel"]
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh)

@@ -44,7 +44,8 @@ def spawn(n: int, jobs: list[str], folder: Path) -> None:
         for process in started:
             process.kill()
     faults = [text for text, process in zip(told, started, strict=True) if process.returncode]
-    assert not faults, "\n".join(faults)
+    if faults:
+        pytest.fail("\n".join(faults)[-4000:], pytrace=False)
 
 
 def checkpoint(folder: Path, name: str, file: str = "last.ckpt") -> dict:
@@ -70,12 +71,13 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 LAYOUTS = {2: ("ddp", "fsdp", "ep"), 4: ("ddp", "fsdp", "ep", "ep of 2")}
+CASES = {2: ("muon", "adamw"), 4: ("muon", "adamw", "idle muon")}
 RESUMED = [("fsdp", "ep"), ("ep", "ddp"), ("ddp", "fsdp")]
 HALVES = {(first, then): f"half-muon-{first}" for first, then in RESUMED}
 
 
 def jobs_of(n: int) -> list[str]:
-    found = [f"exact:{case}:{layout}" for case in cases.CASES for layout in LAYOUTS[n]]
+    found = [f"exact:{case}:{layout}" for case in CASES[n] for layout in LAYOUTS[n]]
     found += [f"fp32:muon:{layout}" for layout in LAYOUTS[n]]
     found += [f"half:muon:{first}" for first, _ in RESUMED]
     return found + [f"{half}:muon:{then}" for (_, then), half in HALVES.items()]
@@ -90,7 +92,7 @@ def folder(tmp_path_factory):
     torch.set_num_threads(1)
     cases.write_text(path / "text.txt")
     try:
-        for case in cases.CASES:
+        for case in CASES[4]:
             with cases.in_float64():
                 cases.train(cases.recipe(case), f"exact-{case}-one".replace(" ", "_"))
         with cases.first_gradients() as gradients:
@@ -115,7 +117,7 @@ def trained(request, folder, tmp_path_factory):
 
 def test_in_float64_weights_and_optimizer_state_are_those_of_one_process(trained):
     path, n = trained
-    for case in cases.CASES:
+    for case in CASES[n]:
         one = checkpoint(path, f"exact:{case}:one")
         for layout in LAYOUTS[n]:
             other = checkpoint(path, f"exact:{case}:{layout}")
@@ -132,9 +134,9 @@ def test_in_float64_weights_and_optimizer_state_are_those_of_one_process(trained
 
 
 def test_experts_are_idle_where_the_cases_say_so(trained):
-    """Else nothing is shown of them: in every step some expert of 16 gets no token."""
+    """Else nothing is shown of them: some expert took part in fewer steps than there were."""
     path, _ = trained
-    state = checkpoint(path, "exact:idle adamw:one")["optimizer_states"][0]["state"]
+    state = checkpoint(path, "exact:adamw:one")["optimizer_states"][0]["state"]
     steps = [s["step"].flatten() for s in state.values() if s["step"].numel() == 16]
     assert steps and all(step.min() < cases.STEPS for step in steps)
 
