@@ -74,10 +74,14 @@ def check_memory(recipe: Recipe) -> None:
     A lower bound: it refuses what cannot run, and promises nothing of what it lets pass.
     """
     counted = count(recipe)
+    n, on_gpu = count_processes(recipe), choose_device(recipe).type == "cuda"
+    together = 1 if on_gpu else choose_devices(recipe)  # processes that share one memory
+    shared = n if recipe.trainer.strategy in ("fsdp", "ep") else 1
     state = counted.weight_bytes + counted.gradient_bytes + counted.optimizer_bytes
-    tokens = recipe.trainer.batch_size * recipe.model.context
+    state = state * together // shared
+    tokens = recipe.trainer.batch_size * recipe.model.context * together // n
     logits = 2 * FLOAT32_BYTES * tokens * recipe.model.vocab_size  # and their gradient
-    if choose_device(recipe).type == "cuda":
+    if on_gpu:
         available = torch.cuda.mem_get_info()[1]
     else:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

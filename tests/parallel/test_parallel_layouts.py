@@ -80,7 +80,8 @@ def jobs_of(n: int) -> list[str]:
     found = [f"exact:{case}:{layout}" for case in CASES[n] for layout in LAYOUTS[n]]
     found += [f"fp32:muon:{layout}" for layout in LAYOUTS[n]]
     found += [f"half:muon:{first}" for first, _ in RESUMED]
-    return found + [f"{half}:muon:{then}" for (_, then), half in HALVES.items()]
+    found += [f"{half}:muon:{then}" for (_, then), half in HALVES.items()]
+    return [*found, "broken:adamw:ep", "broken:adamw:ddp"]
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,15 @@ def test_what_one_layout_wrote_another_goes_on_with(trained):
         other = checkpoint(path, half)
         assert other["global_step"] == cases.STEPS
         assert distance(one["state_dict"], other["state_dict"]) <= 1e-9, half
+
+
+def test_gradients_that_one_process_breaks_stop_all_and_one_says_so(trained):
+    """That each process raised what it must is asserted where they ran."""
+    path, _ = trained
+    for layout in ("ep", "ddp"):
+        left = path / "checkpoints" / f"broken-adamw-{layout}"
+        assert "gradient norm nan" in (left / "nonfinite.json").read_text()
+        assert checkpoint(path, left.name)["global_step"] == 0
 
 
 def test_one_process_reads_and_scores_what_any_layout_wrote(trained, monkeypatch):

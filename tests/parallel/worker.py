@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cases
 
 from nano_moe import ranks
+from nano_moe.errors import SaidElsewhere, UserError
+from nano_moe.training.module import Decoder
 
 LAYOUTS = {
     "ddp": {"strategy": "ddp"},
@@ -20,6 +23,27 @@ LAYOUTS = {
     "ep": {"strategy": "ep"},
     "ep of 2": {"strategy": "ep", "expert_ranks": 2},
 }
+
+
+def broken(case: str, trainer: dict[str, Any], name: str) -> None:
+    """The last process alone sees a loss that is none; all must end, and one says it."""
+    original = Decoder.training_step
+
+    def training_step(self: Decoder, batch: torch.Tensor, batch_idx: int) -> dict[str, Any]:
+        if self.global_step == 3 and ranks.rank() == ranks.count() - 1:
+            self.model.norm.weight.register_hook(lambda grad: grad * torch.nan)
+        return original(self, batch, batch_idx)
+
+    Decoder.training_step = training_step
+    try:
+        cases.train(cases.recipe(case, **trainer), name)
+    except UserError as error:
+        assert "step 4: " in str(error), error
+        assert isinstance(error, SaidElsewhere) != ranks.leads()
+    else:
+        raise AssertionError("trained on")
+    finally:
+        Decoder.training_step = original
 
 
 def main(jobs: list[str]) -> None:
@@ -37,6 +61,8 @@ def main(jobs: list[str]) -> None:
                 run = cases.train(cases.recipe(case, backend="auto", **trainer), name)
             if ranks.leads():
                 torch.save(gradients, run.path / "gradients.pt")
+        elif kind == "broken":
+            broken(case, trainer, name)
         elif kind == "half":
             with cases.in_float64(), cases.stopped_after(10):
                 cases.train(cases.recipe(case, **trainer), name)
