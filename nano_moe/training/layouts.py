@@ -156,7 +156,8 @@ class Gathered(Strategy):
                 group = groups.get(id(parameter))
                 held[number] = {k: part(x, parameter, group) for k, x in tensors.items()}
             parts.append({**state, "state": held})
-        super().load_optimizer_state_dict({"optimizer_states": parts})
+        # Not super(): of an engine with files of its own that does nothing.
+        Strategy.load_optimizer_state_dict(self, {"optimizer_states": parts})
 
     def _module(self) -> L.LightningModule:
         assert self.lightning_module is not None

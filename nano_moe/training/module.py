@@ -44,13 +44,15 @@ class Decoder(L.LightningModule):
         self.train_flops_per_token = count(recipe).train_flops_per_token
         self.gradient_norms: dict[str, Tensor] = {}
         self.learning_rates: dict[str, float] = {}  # of the step being taken, by group
+        self.layout: Gathered | None = None  # None: all weights are on every process
         self._step_loss: Tensor | float = 0.0  # summed over micro-batches
         moe = recipe.model.moe
         self.balancing = None if moe is None else Balancing(moe)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, Gathered):
-            self.trainer.strategy.share_out(self.model)
+            self.layout = self.trainer.strategy
+            self.layout.share_out(self.model)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:  # (B, T + 1)
         """The loss of this process's sequences; all else is of the whole micro-batch."""
@@ -77,8 +79,8 @@ class Decoder(L.LightningModule):
         return {"loss": loss, **output, **counts}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if isinstance(self.trainer.strategy, Gathered):
-            self.trainer.strategy.finish_gradients(self.model)
+        if self.layout is not None:
+            self.layout.finish_gradients(self.model)
         self.gradient_norms = gradient_norms(self.model)
         self.learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         norm, loss = self.gradient_norms["total"].item(), float(self._step_loss)
