@@ -133,4 +133,6 @@ def _lost(error: RuntimeError, watch: launch.Watch) -> UserError | None:
         speaks = ranks.leads()
     else:
         speaks = watch.leader is None or os.environ["LOCAL_RANK"] == "1"
+    if speaks and watch.leader is not None:
+        os.write(2, b"\n")  # ends the line that the first process left
     return (UserError if speaks else SaidElsewhere)(f"{fault}; {watch.advice}")
