@@ -82,6 +82,7 @@ def started(recipe: Recipe, arguments: Sequence[str]) -> Iterator[Job]:
     where there are not as many as the recipe says, and where one of them ends.
     """
     if not recipe.trainer.is_parallel:
+        _check_count(int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1, 1)
         yield Job()
         return
     n = count_processes(recipe)
@@ -111,16 +112,20 @@ def _connect(recipe: Recipe, n: int) -> None:
         rank, there = slurm.global_rank(), slurm.world_size()
     else:
         rank, there = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if there != n:
-        raise UserError(
-            f"trainer.devices: {there} processes were started, and trainer.devices times "
-            f"trainer.nodes is {n}; make them equal"
-        )
+    _check_count(there, n)
     gpu = choose_device(recipe).type == "cuda"
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=n, timeout=SILENCE)
+
+
+def _check_count(there: int, n: int) -> None:
+    if there != n:
+        raise UserError(
+            f"trainer.devices: {there} processes were started, and trainer.devices times "
+            f"trainer.nodes is {n}; make them equal"
+        )
 
 
 def _lost(error: RuntimeError, watch: launch.Watch) -> UserError | None:
