@@ -38,8 +38,9 @@ def sent(model: ModelConfig, ranks: int, precision: str, tokens: int) -> Sent:
     """Bytes per token and sparse layer between `ranks`, each with `tokens` at once.
 
     Rows go out in the precision of matrix products, with K weights in float32 and K numbers of
-    experts; sums come back in float32, as the residual stream is. Raises UserError where the
-    experts cannot be shared out so, or no formula is known.
+    experts; sums come back in float32, as the residual stream is. Activation
+    checkpointing sends the forward bytes twice. Raises UserError where the experts cannot be shared
+    out so, or no formula is known.
     """
     moe = model.moe
     assert moe is not None

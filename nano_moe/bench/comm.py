@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nano_moe import recipe_file
 from nano_moe.accounting import sparse_layers
-from nano_moe.bench.ranks import on_ranks
+from nano_moe.bench.group import on_ranks
 from nano_moe.bench.recipes import FOLDER, QUICK, RandomTokens
 from nano_moe.bench.report import Report, Row
 from nano_moe.bench.timing import Spread
@@ -69,7 +69,8 @@ NOTES = (
     "copies: other ranks that a token goes to, computed; per expert: if it went once to each "
     "expert. FLOPs/byte: of routed experts, forward and backward, over measured bytes.",
     "exchange share: of a step's time, waiting for slower ranks included, mean and least of the "
-    "ranks; averaging share: gradients of what is replicated. The processes share these cores.",
+    "ranks; averaging share: gradients of what is replicated. The processes share these cores, "
+    "and cases come one after the other: compare shares rather than times.",
     "at least: computed, not measured: bytes over the bandwidth that the link's makers state, "
     "which is a lower bound and no prediction: no latency, no headers, no congestion.",
     "link-bound from: a device of that speed, or a faster one, waits for the link as long as it "

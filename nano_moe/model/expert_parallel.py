@@ -47,7 +47,7 @@ from nano_moe.model.experts import Experts
 from nano_moe.model.moe import MoE
 from nano_moe.model.ops import compute_dtype
 from nano_moe.model.router import ExpertChoiceRouter
-from nano_moe.model.routing import Routing
+from nano_moe.model.routing import Routing, count_tokens
 
 ELSEWHERE = -1  # in place of the number of an expert that another rank holds, or that was dropped
 
@@ -128,7 +128,7 @@ def unpack(ids: Tensor, weights: Tensor, n_experts: int) -> Routing:
     Dispatch reads no scores, and none came.
     """
     kept, local = ids != ELSEWHERE, ids.clamp_min(0).to(torch.int64)
-    counts = torch.bincount(local[kept], minlength=n_experts)
+    counts = count_tokens(local.masked_fill(~kept, n_experts).flatten(), n_experts + 1)[:-1]
     none = weights.new_empty(len(ids), 0)
     return Routing(local, weights, probs=none, logits=none, counts=counts, kept=kept)
 
@@ -260,11 +260,13 @@ def average_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
     """The gradients of each rank's loss to those of the mean over all ranks of the mesh."""
     average_expert_gradients(model, mesh["data"].get_group())
     own = {id(weight) for _, weight, _ in sharded_parameters(model)}
-    for weight in model.parameters():
-        if id(weight) not in own and weight.grad is not None:
-            for name in ("expert", "data"):
-                dist.all_reduce(weight.grad, group=mesh[name].get_group())
-            weight.grad.div_(mesh.size())
+    shared = [w.grad for w in model.parameters() if id(w) not in own and w.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in shared])  # few collectives, not many
+    for name in ("expert", "data"):
+        dist.all_reduce(flat, group=mesh[name].get_group())
+    parts = flat.div_(mesh.size()).split([gradient.numel() for gradient in shared])
+    for gradient, part in zip(shared, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 # --- whole tensors and shares of them ------------------------------------------------------------

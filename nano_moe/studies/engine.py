@@ -80,14 +80,15 @@ def tasks(planned: Sequence[Planned], root: Path = ROOT, *, smoke: bool = False)
         corpus = None if one.measure else _corpus(recipe, corpora, progress=not smoke)
         threads = n_cores() if one.measure and not smoke else TRAIN_THREADS
         watch = one.look == "specialization"
-        budget = one.expert_budget
+        budget, ranks = one.expert_budget, one.expert_ranks
         key = run_key(
-            recipe, corpus, threads, measure=one.measure, watch=watch, expert_budget=budget
-        )
+            recipe, corpus, threads, measure=one.measure, watch=watch, expert_budget=budget,
+            expert_ranks=ranks,
+        )  # fmt: skip
         if key not in folders:  # the same run may lie there under another recipe's name
             lies = next(root.glob(f"*-{key}"), None)
             folders[key] = lies or root / f"{one.stem}-{recipe.seed}-{key}"
-        job = Job(str(folders[key]), key, threads, one.measure, one.look, budget)
+        job = Job(str(folders[key]), key, threads, one.measure, one.look, budget, ranks)
         found[one.member, one.seed] = Task(one, recipe, corpus, job)
     return [found[one.member, one.seed] for one in planned]
 

@@ -191,6 +191,16 @@ def _offload(axes: Axes, content: Mapping[str, Any]) -> None:
     _over_first(axes, content, figures)
 
 
+def _exchange(axes: Axes, content: Mapping[str, Any]) -> None:
+    """What members on several ranks exchange, and the time that takes, over the first of them."""
+    figures = {
+        "exchange_bytes": "bytes\nexchanged",
+        "exchange_ms": "time in the\nexchange",
+        "step_ms": "time of\na step",
+    }
+    _over_first(axes, content, figures)
+
+
 def _over_first(axes: Axes, content: Mapping[str, Any], figures: Mapping[str, str]) -> None:
     """Bars of each figure, for the members that have them all, over the first of these."""
     members = [
@@ -317,4 +327,5 @@ PANELS: dict[str, Callable[[Axes, Mapping[str, Any]], None]] = {
     "specialization": _specialization,
     "leak": _leak,
     "offload": _offload,
+    "exchange": _exchange,
 }

@@ -24,6 +24,7 @@ def run_key(
     measure: bool = False,
     watch: bool = False,
     expert_budget: str | None = None,
+    expert_ranks: int | None = None,
 ) -> str:
     """A hash of the resolved recipe, the corpus, the sources, the threads and the kind of device.
 
@@ -40,6 +41,7 @@ def run_key(
         "measure": measure,
         **({"watch": True} if watch else {}),
         **({"expert_budget": expert_budget} if expert_budget else {}),
+        **({"expert_ranks": expert_ranks} if expert_ranks else {}),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Tables of what was read from trained weights, and of decoding with experts on disk."""
+"""Tables of what was read from trained weights, of experts on disk and of exchanges."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nano_moe.studies.schema import DECODED, LOOKED
+from nano_moe.studies.schema import DECODED, EXCHANGED, LOOKED
 from nano_moe.studies.tables import table
 
 FIRST = 1 / 5  # of training, at which a table tells how many choices are final
@@ -22,7 +22,7 @@ def look_tables(content: Mapping[str, Any]) -> str:
 
 
 def _figures(content: Mapping[str, Any]) -> Iterator[str]:
-    for figures in (*LOOKED.values(), DECODED):
+    for figures in (*LOOKED.values(), DECODED, EXCHANGED):
         rows = []
         for member in content["members"]:
             runs = [run for run in content["runs"] if run["member"] == member]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nano_moe.runs import Run
-from nano_moe.studies import leak, offloading, specialization
+from nano_moe.studies import exchanging, leak, offloading, specialization
 from nano_moe.text.store import Corpus
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ LOOKS: dict[str, Callable[[Run, Corpus], dict[str, Any]]] = {
     "specialization": specialization.look,
     "leak": leak.look,
     "offload": offloading.look,
+    "exchange": exchanging.look,
 }
 WATCHED = "specialization"  # the look that needs to see the training
 

@@ -40,6 +40,7 @@ class Planned(NamedTuple):
     measure: bool
     look: str | None = None
     expert_budget: str | None = None
+    expert_ranks: int | None = None
     source: tuple[str, int] | None = None  # member and seed of the run that it starts from
 
 
@@ -93,13 +94,19 @@ def _planned(
         raise UserError(f"{where}: {error}") from error
     if not recipe.model.is_causal and member.look != "leak":
         raise UserError(f"{where}: {SEES_THE_FUTURE}; leave it out")
-    if recipe.model.moe is None and member.look in ("specialization", "offload"):
+    if recipe.model.moe is None and member.look in ("specialization", "offload", "exchange"):
         raise UserError(f"{where}.look: a dense member has no experts to look at; drop it")
     if recipe.model.moe is None and member.expert_budget is not None:
         raise UserError(f"{where}.expert_budget: a dense member has no experts; drop it")
+    ranks = member.expert_ranks
+    if ranks is not None and (recipe.model.moe is None or recipe.model.moe.n_experts % ranks):
+        raise UserError(
+            f"{where}.expert_ranks: {ranks} must divide the experts; change one of them"
+        )
     return Planned(
-        name, seed, recipe, file.stem, member.measure, member.look, member.expert_budget, source
-    )
+        name, seed, recipe, file.stem, member.measure, member.look, member.expert_budget, ranks,
+        source,
+    )  # fmt: skip
 
 
 def check_fair(path: Path, study: Study, planned: list[Planned]) -> None:

@@ -27,6 +27,7 @@ MEASURED = ("memory_gb", "train_ms_per_token", "decode_ms_per_token")
 DECODED = (
     "memory_gb", "decode_ms_per_token", "cold_ms_per_token", "half_speed_ms_per_token", "hits",
 )  # fmt: skip
+EXCHANGED = ("exchange_bytes", "formula_bytes", "exchange_ms", "rest_ms", "step_ms")
 LOOKED = {
     "specialization": (
         "domain_information", "class_information", "token_information", "domain_share",
@@ -37,9 +38,13 @@ LOOKED = {
         "chance_25", "lru_hits_25", "hits_25", "chance_50", "lru_hits_50", "hits_50",
         "guesses_right",
     ),
+    "exchange": ("copies", "chance_copies"),
 }  # fmt: skip
 ALL = "all"  # a budget for which no expert stays on disk
-FIGURES = (*TRAINED, *MEASURED, *DECODED, *(name for names in LOOKED.values() for name in names))
+FIGURES = (
+    *TRAINED, *MEASURED, *DECODED, *EXCHANGED,
+    *(name for names in LOOKED.values() for name in names),
+)  # fmt: skip
 Equal = Literal["seeds", "tokens", "flops", "time", "active", "total"]
 Item = TypeVar("Item")
 
@@ -90,7 +95,12 @@ class Member(Section):
         default=None,
         description="measure decoding alone, with this share of experts in memory: 25%, or all",
     )
-    look: Literal["specialization", "leak", "offload"] | None = Field(
+    expert_ranks: int | None = Field(
+        default=None,
+        ge=2,
+        description="measure training by so many processes here, which share out the experts",
+    )
+    look: Literal["specialization", "leak", "offload", "exchange"] | None = Field(
         default=None, description="what else is read from the trained weights"
     )
     start_from: str | None = Field(
@@ -104,7 +114,8 @@ class Member(Section):
     def figures(self) -> tuple[str, ...]:
         """What its runs are compared in."""
         if self.measure:
-            return DECODED if self.expert_budget else MEASURED
+            budget = DECODED if self.expert_budget else MEASURED
+            return EXCHANGED if self.expert_ranks else budget
         return (*TRAINED, *(LOOKED[self.look] if self.look else ()))
 
 
@@ -214,6 +225,7 @@ class Study(Section):
         "specialization",
         "leak",
         "offload",
+        "exchange",
     ] = Field(default="curves", description="what is drawn beside the comparisons")
     caveats: Listed[str] = Field(default=(), description="what the runs cannot say")
 
@@ -273,8 +285,11 @@ class Study(Section):
     def _check_source(self, where: str, name: str, member: Member) -> None:
         if member.seeds is not None and not set(member.seeds) <= set(self.seeds):
             raise FieldFault(f"{where}.seeds", "has a seed that the study has not")
-        if member.expert_budget is not None and not member.measure:
-            raise FieldFault(f"{where}.expert_budget", "is of what is measured; set measure: true")
+        for field in ("expert_budget", "expert_ranks"):
+            if getattr(member, field) is not None and not member.measure:
+                raise FieldFault(f"{where}.{field}", "is of what is measured; set measure: true")
+        if member.expert_budget is not None and member.expert_ranks is not None:
+            raise FieldFault(f"{where}.expert_ranks", "hold all experts; drop expert_budget")
         if member.start_from is None:
             return
         self._check_member(f"{where}.start_from", member.start_from)

@@ -30,6 +30,7 @@ from nano_moe.evaluation import STARVED, Evaluation, evaluate
 from nano_moe.memory import peak_resident, resident
 from nano_moe.runs import Run, git_commit, load_model, versions, write_json
 from nano_moe.studies import looks
+from nano_moe.studies.exchanging import exchange
 from nano_moe.studies.measure import measure
 from nano_moe.studies.offloading import decode
 from nano_moe.text.store import Corpus, prepare
@@ -49,6 +50,7 @@ class Job:
     measure: bool
     look: str | None = None
     expert_budget: str | None = None
+    expert_ranks: int | None = None
 
     @property
     def run(self) -> Run:
@@ -85,6 +87,8 @@ def work(job: Job) -> str | None:
 
 
 def _measure(job: Job, recipe: Recipe) -> dict[str, Any]:
+    if job.expert_ranks is not None:
+        return exchange(recipe, job.expert_ranks)
     return measure(recipe) if job.expert_budget is None else decode(job.run, job.expert_budget)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from expert_cases import CONTEXT, GRADED, MODELS, RANKS, every_case
 
-from nano_moe.bench.ranks import on_ranks
+from nano_moe.bench.group import on_ranks
 
 GROUPS = (4, 2)  # expert ranks, times 1 and 2 data ranks
 EXACT = 1e-12

@@ -48,6 +48,13 @@ def test_a_grid_runs_every_member_at_every_value(written):
     assert runs[4].member == "sparse @ 0.1"
 
 
+def test_ranks_must_divide_the_experts(written):
+    measured = "sparse:\n      measure: true\n      expert_ranks: 3\n"
+    figures = ("than: dense", "than: sparse\n      figure: rest_ms\n      than_figure: step_ms")
+    with pytest.raises(UserError, match="sparse.expert_ranks: 3 must divide"):
+        planned(written(("sparse:\n", measured), figures))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

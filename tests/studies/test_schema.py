@@ -44,6 +44,12 @@ GRID = "  grid: {field: optim.lr, values: [0.1, 0.2, 0.3, 0.4]}\n  members:"
             "sparse:\n      measure: true\n      expert_budget: 25%\n",
             "'sparse' has no ce; it has memory_gb",
         ),
+        ("fields: {model.d_ff", "expert_ranks: 2, fields: {model.d_ff", "set measure: true"),
+        (
+            "sparse:\n",
+            "sparse:\n      measure: true\n      expert_ranks: 2\n",
+            "'sparse' has no ce; it has exchange_bytes",
+        ),
         ("fields: {model.d_ff", "start_from: dens, fields: {model.d_ff", "no member 'dens'"),
     ],
 )
@@ -51,6 +57,14 @@ def test_faults_are_one_line_with_the_file(written, old, new, message):
     with pytest.raises(UserError, match=message) as fault:
         schema.load(written((old, new)))
     assert "study.yaml" in str(fault.value) and "\n" not in str(fault.value)
+
+
+def test_experts_are_shared_out_or_left_on_disk_and_not_both(written):
+    ranks = "sparse:\n      measure: true\n      expert_ranks: 2\n"
+    figures = ("than: dense", "than: sparse\n      figure: rest_ms\n      than_figure: step_ms")
+    assert schema.load(written(("sparse:\n", ranks), figures)).members["sparse"].expert_ranks == 2
+    with pytest.raises(UserError, match="drop expert_budget"):
+        schema.load(written(("sparse:\n", f"{ranks}      expert_budget: 25%\n"), figures))
 
 
 def test_the_rule_is_all_that_decides_and_none_of_the_words(written):
