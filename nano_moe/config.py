@@ -597,7 +597,9 @@ class TrainerConfig(Section):
     """How long, in what batches, in what precision, and how often to look."""
 
     steps: int = Field(ge=1, le=2**31, description="optimizer steps")
-    batch_size: int = Field(ge=1, le=2**20, description="sequences per micro-batch (B)")
+    batch_size: int = Field(
+        ge=1, le=2**20, description="sequences per micro-batch (B), of all processes together"
+    )
     accumulate: int = Field(
         default=1, ge=1, le=2**20, description="micro-batches per optimizer step"
     )
@@ -606,6 +608,23 @@ class TrainerConfig(Section):
     )
     accelerator: Literal["auto", "cpu", "gpu"] = Field(
         default="auto", description="auto: a GPU where there is one"
+    )
+    strategy: Literal["auto", "ddp", "fsdp", "ep"] = Field(
+        default="auto",
+        description="what several processes share: the batch (ddp), weights and optimizer state, "
+        "too (fsdp), or the experts, too (ep); auto: one process, or ddp for several devices",
+    )
+    devices: int | Literal["auto"] = Field(
+        default=1, description="processes on each node, a GPU for each; auto: every GPU"
+    )
+    nodes: int = Field(
+        default=1, ge=1, le=2**12, description="machines; more than 1: started by torchrun or srun"
+    )
+    expert_ranks: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**16,
+        description="ep: processes that share one set of experts; omitted: all",
     )
     compile: bool = Field(default=False, description="torch.compile of the decoder; needs g++")
     activation_checkpointing: bool = Field(
@@ -618,6 +637,27 @@ class TrainerConfig(Section):
     )
     log_every: int = Field(default=10, ge=1, le=2**31, description="steps between rows of metrics")
     sample_prompt: str = Field(default="The", description="continued once at the end of training")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainerConfig:
+        if self.devices != "auto" and not 1 <= self.devices <= 2**10:
+            raise FieldFault("devices", f"{self.devices} processes on a node; name 1 to {2**10}")
+        if self.expert_ranks is not None and self.strategy != "ep":
+            raise FieldFault(
+                "expert_ranks", f"strategy={self.strategy} shares no experts; set it to ep"
+            )
+        if self.compile and self.strategy in ("fsdp", "ep"):
+            raise FieldFault(
+                "compile",
+                f"strategy={self.strategy} changes weights under the compiled decoder; set compile "
+                "to false, or strategy to ddp",
+            )
+        return self
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether processes form a group for it, were it a group of one."""
+        return self.strategy != "auto" or self.devices != 1 or self.nodes > 1
 
 
 class Recipe(Section):
@@ -639,7 +679,46 @@ class Recipe(Section):
             )
         if self.optim.expert_lr is not None and self.model.moe is None:
             raise FieldFault("optim.expert_lr", "there are no experts (model.moe is null); drop it")
+        self._check_parallel()
         return self
+
+    def _check_parallel(self) -> None:
+        if self.trainer.strategy == "ep" and self.model.moe is None:
+            raise FieldFault(
+                "trainer.strategy",
+                "ep shares experts, and model.moe is null; set it to fsdp or ddp",
+            )
+        if self.trainer.is_parallel and not self.model.is_causal:
+            raise FieldFault(
+                "model.moe.routing",
+                "expert_choice chooses among all tokens of a batch, of which each process sees a "
+                "part; set trainer.strategy to auto and trainer.devices to 1",
+            )
+        if self.trainer.devices != "auto":
+            self.check_split(self.trainer.devices * self.trainer.nodes)
+
+    def check_split(self, n: int) -> None:
+        """Raises FieldFault where `n` processes cannot share the batch, or the experts, evenly."""
+        if self.trainer.batch_size % n:
+            raise FieldFault(
+                "trainer.batch_size",
+                f"{self.trainer.batch_size} sequences do not split over {n} processes; "
+                f"nearest: {_nearest(self.trainer.batch_size, n)}",
+            )
+        if self.trainer.strategy != "ep" or self.model.moe is None:
+            return
+        shared = self.trainer.expert_ranks or n
+        if n % shared:
+            raise FieldFault(
+                "trainer.expert_ranks",
+                f"{n} processes do not form groups of {shared}; change it or trainer.devices",
+            )
+        if self.model.moe.n_experts % shared:
+            raise FieldFault(
+                "trainer.expert_ranks",
+                f"{self.model.moe.n_experts} experts do not split over {shared} processes; "
+                "set it to a number that divides both",
+            )
 
     @property
     def tokens_per_step(self) -> int:

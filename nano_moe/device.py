@@ -7,7 +7,7 @@ import os
 import torch
 
 from nano_moe.accounting import FLOAT32_BYTES, count
-from nano_moe.config import Recipe
+from nano_moe.config import FieldFault, Recipe
 from nano_moe.errors import UserError
 
 
@@ -23,6 +23,32 @@ def choose_device(recipe: Recipe) -> torch.device:
             "trainer.accelerator to cpu"
         )
     return torch.device("cuda" if use_gpu else "cpu")
+
+
+def choose_devices(recipe: Recipe) -> int:
+    """Processes on this node, each with a GPU of its own where there are any; raises UserError."""
+    wanted, gpus = recipe.trainer.devices, torch.cuda.device_count()
+    if choose_device(recipe).type == "cpu":
+        there = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
+        return there if wanted == "auto" else wanted
+    if wanted == "auto":
+        return gpus
+    if wanted > gpus:
+        raise UserError(
+            f"trainer.devices: {wanted} GPUs, but this node has {gpus}; set it to {gpus} or auto, "
+            "or trainer.accelerator to cpu"
+        )
+    return wanted
+
+
+def count_processes(recipe: Recipe) -> int:
+    """Processes on all nodes; raises UserError where they cannot share the recipe evenly."""
+    n = choose_devices(recipe) * recipe.trainer.nodes
+    try:
+        recipe.check_split(n)
+    except FieldFault as fault:
+        raise UserError(f"{fault.field}: {fault}") from fault
+    return n
 
 
 def choose_precision(recipe: Recipe) -> str:
@@ -48,10 +74,14 @@ def check_memory(recipe: Recipe) -> None:
     A lower bound: it refuses what cannot run, and promises nothing of what it lets pass.
     """
     counted = count(recipe)
+    n, on_gpu = count_processes(recipe), choose_device(recipe).type == "cuda"
+    together = 1 if on_gpu else choose_devices(recipe)  # processes that share one memory
+    shared = n if recipe.trainer.strategy in ("fsdp", "ep") else 1
     state = counted.weight_bytes + counted.gradient_bytes + counted.optimizer_bytes
-    tokens = recipe.trainer.batch_size * recipe.model.context
+    state = state * together // shared
+    tokens = recipe.trainer.batch_size * recipe.model.context * together // n
     logits = 2 * FLOAT32_BYTES * tokens * recipe.model.vocab_size  # and their gradient
-    if choose_device(recipe).type == "cuda":
+    if on_gpu:
         available = torch.cuda.mem_get_info()[1]
     else:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

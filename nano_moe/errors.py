@@ -5,3 +5,7 @@ TRACEBACK = "NANO_MOE_TRACEBACK"  # set it to see where an unforeseen error came
 
 class UserError(Exception):
     """A fault in what the user gave; its text says what, where and what to do, in one line."""
+
+
+class SaidElsewhere(UserError):
+    """A fault that another process of the same training says."""

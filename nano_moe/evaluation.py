@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nano_moe import ranks
 from nano_moe.model.balance import load_statistics, mutual_information, router_entropy
 from nano_moe.model.gpt import GPT
 from nano_moe.model.loss import cross_entropy
@@ -78,20 +79,32 @@ class RoutingTally:
         self.entropy: dict[int, Tensor] = {}  # per layer, weighted by tokens
         self.tokens = 0
 
-    def add(self, routings: list[Routing | None], inputs: Tensor, domains: Tensor) -> None:
-        """Count one batch; `inputs` (B, T) holds token ids, `domains` (N,) what is predicted."""
+    def add(
+        self, routings: list[Routing | None], inputs: Tensor, domains: Tensor, new: int = 1
+    ) -> None:
+        """Count one batch; `inputs` (B, T) holds token ids, `domains` (N,) what is predicted.
+
+        `new` is 0 for a batch that was counted already.
+        """
         attributes = {"domain": domains.to(inputs.device), "token": inputs.flatten()}
         for layer, routing in enumerate(routings):
             if routing is None:
                 continue
-            entropy = router_entropy(routing.probs.detach()) * inputs.numel()
+            entropy = router_entropy(routing.probs.detach()) * inputs.numel() * new
             self.entropy[layer] = self.entropy.get(layer, 0) + entropy
             for name, values in attributes.items():
                 if (layer, name) not in self.joint:
                     shape = (self.sizes[name], routing.counts.shape[0])
                     self.joint[layer, name] = torch.zeros(shape, dtype=torch.int64).to(values)
-                count_pairs(self.joint[layer, name], values, routing.ids)
-        self.tokens += inputs.numel()
+                if new:
+                    count_pairs(self.joint[layer, name], values, routing.ids)
+        self.tokens += inputs.numel() * new
+
+    def add_others(self) -> None:
+        """Count what the other processes of a training counted, too."""
+        self.joint = {place: ranks.total(table) for place, table in self.joint.items()}
+        self.entropy = {layer: ranks.total(entropy) for layer, entropy in self.entropy.items()}
+        self.tokens = sum(ranks.gathered(self.tokens))
 
     def rows(self) -> list[dict[str, Any]]:
         """One mapping per sparse layer: its number, loads (shares) and statistics."""
@@ -124,7 +137,8 @@ def count_pairs(table: Tensor, values: Tensor, ids: Tensor) -> None:
 def evaluate(model: GPT, corpus: Corpus, *, batch_size: int, precision: str) -> Evaluation:
     """Score the whole validation split; leaves the model in the mode it was in.
 
-    `precision` is "fp32" or "bf16" (autocast). Raises UserError for a model that sees the future.
+    `precision` is "fp32" or "bf16" (autocast). Where a training has several processes all call it,
+    each scores a part, and all get the whole. Raises UserError for a model that sees the future.
     """
     model.config.check_causal()
     was_training = model.training
@@ -134,17 +148,19 @@ def evaluate(model: GPT, corpus: Corpus, *, batch_size: int, precision: str) -> 
     tokens = torch.zeros(len(corpus.domains), dtype=torch.int64)
     tally = RoutingTally(len(corpus.domains), model.config.vocab_size)
     try:
-        for inputs, targets, domain_ids in _batches(corpus, model.config.context, batch_size):
+        for batch, new in _own_batches(corpus, model.config.context, batch_size):
+            inputs, targets, domain_ids = batch
             inputs = inputs.to(device)
             with autocast(device, precision):
                 logits, routings = model(inputs)
             losses = cross_entropy(logits, targets.to(device), reduction="none")
-            nats.index_add_(0, domain_ids, losses.double().cpu())
-            tokens.index_add_(0, domain_ids, torch.ones_like(domain_ids))
-            tally.add(routings, inputs, domain_ids)
+            nats.index_add_(0, domain_ids, losses.double().cpu() * new)
+            tokens.index_add_(0, domain_ids, torch.ones_like(domain_ids) * new)
+            tally.add(routings, inputs, domain_ids, new)
     finally:
         model.train(was_training)
-    return _summarize(corpus, nats, tokens, tally)
+    tally.add_others()
+    return _summarize(corpus, ranks.total(nats), ranks.total(tokens), tally)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -164,19 +180,25 @@ def spread_windows(corpus: Corpus, context: int, n: int) -> tuple[Tensor, Tensor
     return inputs, targets, domains
 
 
-def _batches(
+def _own_batches(
     corpus: Corpus, context: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(B, T) inputs, (B, T) targets, (B*T,) domain ids; the short last window comes alone."""
+) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], int]]:
+    """This process's batches, as many as any other has, for a forward pass may need them all.
+
+    (B, T) inputs, (B, T) targets, (B*T,) domain ids, and 0 for what only fills up; the short last
+    window comes alone.
+    """
     windows = EvalWindows(corpus.val, context, corpus.tokenizer.end_id)
     full = len(windows) if len(corpus.val) % context == 0 else len(windows) - 1
     starts = [(i, min(i + batch_size, full)) for i in range(0, full, batch_size)]
     if full < len(windows):
         starts.append((full, full + 1))
-    for first, last in starts:
+    for turn in range(0, len(starts), ranks.count()):
+        place = turn + ranks.rank()
+        first, last = starts[min(place, len(starts) - 1)]
         columns = zip(*(windows[i] for i in range(first, last)), strict=True)
         inputs, targets, domains = (torch.from_numpy(np.stack(column)) for column in columns)
-        yield inputs, targets, domains.flatten()
+        yield (inputs, targets, domains.flatten()), int(place < len(starts))
 
 
 def _summarize(corpus: Corpus, nats: Tensor, tokens: Tensor, tally: RoutingTally) -> Evaluation:

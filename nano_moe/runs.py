@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("nano_moe")
 
 ROOT = Path("checkpoints")
+LAYOUT = ("strategy", "devices", "nodes", "expert_ranks")  # trainer's fields that change no weight
 SCHEMA = 1  # of a checkpoint's contents; raised when an older reader would misread it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PACKAGES = ("nano-moe", "torch", "lightning", "numpy", "tiktoken", "rustbpe")
@@ -110,9 +111,9 @@ class Run:
         """The checkpoints to take trained weights from, the first choice first."""
         return [path for path in (self.best, self.last, self.previous) if path.is_file()]
 
-    def recipe(self) -> Recipe:
+    def recipe(self, overrides: Sequence[str] = ()) -> Recipe:
         """The resolved recipe; where it names a tokenizer's file, it now names the run's copy."""
-        recipe = recipe_file.load(self.recipe_file)
+        recipe = recipe_file.load(self.recipe_file, overrides)
         if recipe.data.tokenizer_file is None or not self.tokenizer_file.is_file():
             return recipe
         data = recipe.data.model_copy(update={"tokenizer_file": str(self.tokenizer_file)})
@@ -338,8 +339,9 @@ def check_recipe(run: Run, recipe: Recipe, checkpoint: dict[str, Any]) -> None:
         raise UserError(
             f"{run.last}: its recipe is none of this version; go on with the version that began it"
         ) from error
-    place = {"data": {"tokenizer_file"}}  # what it holds is part of the corpus
-    changed = first_difference(begun.model_dump(exclude=place), recipe.model_dump(exclude=place))
+    # What the file holds is part of the corpus, and a batch is the same on any processes.
+    free = {"data": {"tokenizer_file"}, "trainer": set(LAYOUT)}
+    changed = first_difference(begun.model_dump(exclude=free), recipe.model_dump(exclude=free))
     if changed is not None:
         raise UserError(
             f"{run.recipe_file}: {changed} was changed since {run.last} was written; resume goes "

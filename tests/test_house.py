@@ -37,7 +37,7 @@ KNOWS = {
         *("accounting", "device", "evaluation", "footprint", "memory", "model", "runs", "text")
     },
 }
-GROUND = {"config", "errors", "files"}
+GROUND = {"config", "errors", "files", "launch", "ranks"}
 
 
 def imports(path: Path) -> set[str]:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from nano_moe.config import MoEConfig, OptimConfig
@@ -1200,6 +1201,68 @@ def test_t23_mistakes_of_forgetting(recipe_of, dense_config, tiny_corpus):
         assert_goes_on_with_the_next_batch(ForgetsItsPlace, recipe, tiny_corpus)
     with mistake:
         assert_random_state_returns(ForgetsItsDraws, recipe)
+
+
+# T24: an expert without tokens must have a gradient, of zeros: data parallelism waits for it
+
+
+@pytest.fixture
+def process_group():
+    """Of this process alone."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def assert_trains_on_with_idle_experts(layer: nn.Module) -> None:
+    """Under DDP, which refuses a second step where the first left a parameter without gradient."""
+    wrapped = nn.parallel.DistributedDataParallel(layer)
+    for seed in range(2):
+        x = torch.randn(1, 2, 16, generator=torch.Generator().manual_seed(seed))
+        try:
+            y, routing = wrapped(x)
+        except RuntimeError as error:
+            raise AssertionError("the reducer still waits") from error
+        assert (routing.counts == 0).any()
+        y.sum().square().backward()
+    for parameter in layer.parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped", "fused"])
+def test_t24_idle_experts_do_not_stop_data_parallelism(process_group, moe_config, backend):
+    torch.manual_seed(0)
+    layer = MoE(moe_config(moe={"n_experts": 8, "backend": backend, "d_expert": 16}))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    assert_trains_on_with_idle_experts(layer)
+
+
+class SkipsIdleExperts(nn.Module):
+    """One module per expert, called for its tokens alone."""
+
+    def __init__(self, whole: Experts):
+        super().__init__()
+        self.each = nn.ModuleList(FFN(16, 16) for _ in whole.down)
+
+    def forward(self, x, routing):
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.each):
+            token, slot = (routing.ids == number).nonzero(as_tuple=True)
+            if len(token) == 0:
+                continue
+            y = y.index_add(0, token, expert(x[token])[0] * routing.weights[token, slot, None])
+        return y
+
+
+def test_t24_mistake(process_group, moe_config):
+    torch.manual_seed(0)
+    layer = MoE(moe_config(moe={"n_experts": 8, "d_expert": 16}))
+    nn.init.normal_(layer.router.weight)
+    layer.experts = SkipsIdleExperts(layer.experts)
+    with mistake:
+        assert_trains_on_with_idle_experts(layer)
 
 
 # T25: an expert without tokens is left alone

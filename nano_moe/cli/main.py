@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
-from nano_moe.errors import TRACEBACK, UserError
+from nano_moe.errors import TRACEBACK, SaidElsewhere, UserError
 
 VERBS = {
     "train": "train a recipe into a new run folder",
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threading.excepthook = lambda _: None
     try:
         return _dispatch(arguments)
+    except SaidElsewhere:
+        return 2
     except UserError as error:
         return _fail(str(error))
     except BrokenPipeError:
@@ -88,7 +90,9 @@ def _dispatch(arguments: list[str]) -> int:
     module = importlib.import_module(f"nano_moe.cli.{verb.replace('-', '_')}")
     parser = OneLineParser(prog=f"nano-moe {verb}", description=VERBS[verb])
     module.configure(parser)
-    return module.run(parser.parse_intermixed_args(rest)) or 0
+    parsed = parser.parse_intermixed_args(rest)
+    parsed.arguments = arguments  # what starts another process of the same training
+    return module.run(parsed) or 0
 
 
 def _fail(message: str, status: int = 2) -> int:

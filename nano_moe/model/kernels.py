@@ -13,6 +13,7 @@ C head width, S parts in which sums over rows are kept apart.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -48,10 +49,22 @@ def usable(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool:
     )
 
 
+_memory: Callable[[Tensor], np.ndarray[Any, Any]] = Tensor.numpy
+
+
+def leave_resizable() -> None:
+    """From now on memory can be resized after a kernel had it: slower, and sharded weights need it.
+
+    `Tensor.numpy` forbids it for good, and FSDP frees gathered weights by it.
+    """
+    global _memory
+    _memory = np.from_dlpack
+
+
 def array(x: Tensor) -> np.ndarray[Any, Any]:
     """The tensor's own memory."""
     x = x.detach()
-    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+    return _memory(x.view(torch.uint16) if x.dtype == torch.bfloat16 else x)
 
 
 def _compiled(function: Any, **options: Any) -> Any:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from nano_moe import ranks
 from nano_moe.config import MoEConfig
 from nano_moe.model.balance import load_balancing_loss, router_z_loss, updated_expert_bias
 from nano_moe.model.router import HashRouter, Router
@@ -26,21 +26,23 @@ class Balancing:
             "load_balancing_loss": moe.load_balancing_loss,
             "router_z_loss": moe.router_z_loss,
         }
+        self.latest: Tensor | None = None  # (L, E) of the last micro-batch, of all ranks
         self.counts: Tensor | None = None  # (L, E) of this step's micro-batches so far
 
     def terms(self, sparse: list[Routing], n_sequences: int) -> dict[str, Tensor]:
-        """Raw terms per sparse layer, each (L,), of a micro-batch of `n_sequences`.
+        """Raw terms per sparse layer, each (L,), of a micro-batch, `n_sequences` of it here.
 
-        At global-batch scope the shares are those of all micro-batches and ranks of the step so
-        far: exact at the last one, growing towards it before (Qiu et al. 2025).
+        Shares are those of the whole micro-batch, of all ranks: the mean over ranks of a term, and
+        of its gradient, is then that of one process. At global-batch scope they are those of all
+        micro-batches of the step so far: exact at the last one, growing towards it before (Qiu et
+        al. 2025).
         """
-        counts = torch.stack([routing.counts for routing in sparse])
-        globally = self.moe.balance_scope == "global_batch"
-        counts = summed_over_ranks(counts) if globally else counts
-        self.counts = counts if self.counts is None else self.counts + counts
+        self.latest = ranks.total(torch.stack([routing.counts for routing in sparse]))
+        self.counts = self.latest if self.counts is None else self.counts + self.latest
+        seen = self.counts if self.moe.balance_scope == "global_batch" else self.latest
         balance = []
         for layer, routing in enumerate(sparse):
-            counts, probs = self.counts[layer] if globally else routing.counts, routing.probs
+            counts, probs = seen[layer], routing.probs
             if self.moe.balance_scope == "sequence":
                 counts = count_tokens(routing.ids.view(n_sequences, -1), len(routing.counts))
                 probs = probs.unflatten(0, (n_sequences, -1))  # (B, T, E)
@@ -62,8 +64,6 @@ class Balancing:
         counts, self.counts = self.counts, None
         if counts is None or self.moe.bias_update_rate == 0:
             return
-        if self.moe.balance_scope != "global_batch":  # else they are of all ranks already
-            counts = summed_over_ranks(counts)
         for router, load in zip(routers, counts, strict=True):
             assert router.expert_bias is not None
             bias = updated_expert_bias(
@@ -73,11 +73,3 @@ class Balancing:
                 rule=self.moe.bias_rule,
             )
             router.expert_bias.copy_(bias)
-
-
-def summed_over_ranks(counts: Tensor) -> Tensor:
-    """Counts of all processes where there are several, else as given."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        counts = counts.clone()
-        dist.all_reduce(counts)
-    return counts

@@ -9,10 +9,12 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
 
+from nano_moe import ranks
 from nano_moe.errors import UserError
 from nano_moe.files import replacing
 from nano_moe.runs import Run, read_checkpoint
 from nano_moe.training.clock import Clock
+from nano_moe.training.layouts import local
 from nano_moe.training.module import NonFiniteTraining
 from nano_moe.training.signals import StopSignal
 from nano_moe.training.step_callback import StepCallback
@@ -67,7 +69,7 @@ class SaveLast(StepCallback):
 
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
         step = trainer.global_step
-        stopping = self.stop.received
+        stopping = self.stop.agreed()
         if stopping or step % self.save_every == 0 or step == trainer.max_steps:
             self._save(trainer, pl_module)
         trainer.should_stop = stopping
@@ -75,9 +77,12 @@ class SaveLast(StepCallback):
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Weights that the last update broke never replace good ones."""
         with self.clock.paused():
-            for name, parameter in pl_module.named_parameters():
-                if not torch.isfinite(parameter).all():
-                    raise NonFiniteTraining(
-                        f"step {trainer.global_step}: {name} is not finite after the update"
-                    )
+            parameters = list(pl_module.named_parameters())
+            broken = [not torch.isfinite(local(weight)).all() for _, weight in parameters]
+            first = ranks.largest(len(broken) - broken.index(True) if any(broken) else 0)
+            if first:
+                name = parameters[len(broken) - first][0]
+                raise NonFiniteTraining(
+                    f"step {trainer.global_step}: {name} is not finite after the update"
+                )
             trainer.save_checkpoint(self.run.last)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from nano_moe import ranks
 from nano_moe.config import Recipe
 from nano_moe.text.store import Corpus
 from nano_moe.text.windows import TrainWindows
@@ -34,16 +35,22 @@ class Windows(Dataset[Tensor]):
 
 
 class From(Sampler[int]):
-    """Indices in order from `start`; its length stays that of the whole training."""
+    """Of each batch from `start` on, in order, the part of this process.
 
-    def __init__(self, length: int, start: int):
-        self.length, self.start = length, start
+    Its length stays that of the whole training. Process r of R takes the r-th R-th of every batch.
+    """
+
+    def __init__(self, length: int, start: int, batch_size: int):
+        self.length, self.start, self.batch_size = length, start, batch_size
+        self.own = batch_size // ranks.count()
 
     def __len__(self) -> int:
-        return self.length
+        return self.length // ranks.count()
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.length))
+        for batch in range(self.start, self.length, self.batch_size):
+            first = batch + ranks.rank() * self.own
+            yield from range(first, first + self.own)
 
 
 class TokenData(L.LightningDataModule):
@@ -56,10 +63,10 @@ class TokenData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         dataset = Windows(self.corpus, self.recipe)
-        sampler = From(len(dataset), self.start)
+        sampler = From(len(dataset), self.start, self.recipe.trainer.batch_size)
         return DataLoader(
             dataset,
-            batch_size=self.recipe.trainer.batch_size,
+            batch_size=sampler.own,
             sampler=sampler,
             generator=torch.Generator(),  # else it draws from the global one, once per resume
         )

@@ -76,7 +76,8 @@ def adamw(
     names = ("beta1", "beta2", "eps", "lr", "weight_decay")
     beta1, beta2, eps, rate, decay = (group[name] for name in names)
     average, square, step = moments
-    biases = [1 - beta ** step.clamp_min(1) for beta in (beta1, beta2)]
+    steps = step.to(weight.dtype).clamp_min(1)  # float32 after a checkpoint was read
+    biases = [1 - beta**steps for beta in (beta1, beta2)]
     if kernels.usable(weight, grad, dtypes=kernels.FLOAT32):
         rates = (beta1, beta2, eps, rate, decay)
         kernels.launch(kernels.adamw, weight, grad, average, square, live, *biases, *rates)

@@ -7,13 +7,16 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import lightning as L
 import torch
+import torch.distributed as dist
 
+from nano_moe import ranks
 from nano_moe.config import Recipe
-from nano_moe.device import choose_device, choose_precision
+from nano_moe.device import choose_device, choose_devices, choose_precision, count_processes
 from nano_moe.errors import UserError
 from nano_moe.evaluation import Evaluation
 from nano_moe.files import remove_torn
@@ -25,12 +28,14 @@ from nano_moe.training.alarm import Alarm
 from nano_moe.training.checkpoint import AtomicCheckpointIO, SaveLast
 from nano_moe.training.clock import Clock
 from nano_moe.training.data import TokenData
+from nano_moe.training.layouts import strategy_of
 from nano_moe.training.module import Decoder, NonFiniteTraining
 from nano_moe.training.nonfinite import report_nonfinite
+from nano_moe.training.processes import environment
 from nano_moe.training.progress import Progress
 from nano_moe.training.signals import StopSignal
 from nano_moe.training.spikes import SpikeAlarm
-from nano_moe.training.telemetry import Recorder, Telemetry
+from nano_moe.training.telemetry import NoRecorder, Recorder, Telemetry
 from nano_moe.training.validation import Validation
 from nano_moe.training.warm_start import warm_start
 
@@ -63,7 +68,7 @@ def fit(
     And where another process trains this run. `watchers` are called after all callbacks of the
     training's own.
     """
-    with training(run):
+    with training(run) if ranks.leads() else nullcontext():
         return _fit(run, recipe, corpus, resume, progress, watchers)
 
 
@@ -76,13 +81,16 @@ def _fit(
     watchers: Sequence[L.Callback],
 ) -> Result:
     device, precision = choose_device(recipe), choose_precision(recipe)
+    check_started(recipe)
     source, start = prepare_run(run, recipe, corpus, device, resume=resume)
+    ranks.meet()  # what the first wrote can be read
     _quiet()
     if device.type == "cpu":
         large = peak(recipe, precision).bytes >= LARGE
         return_freed_memory() if large else keep_freed_memory()
     clock, stop = Clock(), StopSignal()
-    recorder = Recorder(run, start)
+    recorder = Recorder(run, start) if ranks.leads() else NoRecorder()
+    progress = progress and ranks.leads()
     telemetry = Telemetry(recorder, clock, recipe, precision)
     validation = Validation(run, corpus, recorder, clock, precision)
     top_k = 0 if recipe.model.moe is None else recipe.model.moe.top_k
@@ -92,7 +100,8 @@ def _fit(
     save = SaveLast(run, recipe.trainer.save_every, stop, clock)
     callbacks = [stop, telemetry, validation, alarm, spikes, bar, save, *watchers]
     trainer = _trainer(recipe, device, precision, callbacks)
-    torch.manual_seed(recipe.seed)  # a resumed run's state comes from its checkpoint
+    # A resumed run's state comes from its checkpoint.
+    torch.manual_seed(recipe.seed + ranks.rank())
     module = Decoder(recipe)
     if not resume:
         warm_start(module.model, recipe, run)
@@ -127,16 +136,29 @@ def prepare_run(
     """
     if resume:
         check_corpus(run, corpus)
-        remove_torn(run.path)
+        if ranks.leads():
+            remove_torn(run.path)
         path, checkpoint, warning = newest(run)
         check_recipe(run, recipe, checkpoint)
-        if warning is not None:
+        if warning is not None and ranks.leads():
             log.warning(warning)
         return str(path), int(checkpoint["global_step"])
+    if not ranks.leads():
+        return None, None
     corpus.tokenizer.save(run.tokenizer_file)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     write_json(run.manifest_file, describe(recipe, corpus=corpus, device=name))
     return None, None
+
+
+def check_started(recipe: Recipe) -> None:
+    """Raises UserError where the recipe's processes are not in touch."""
+    n = count_processes(recipe) if recipe.trainer.is_parallel else 1
+    if ranks.count() != n or recipe.trainer.is_parallel != dist.is_initialized():
+        raise UserError(
+            f"trainer.devices: {n} processes, and only `train` and `resume` start them; set it "
+            "to 1, and trainer.strategy to auto"
+        )
 
 
 def check_compiler(device: torch.device) -> None:
@@ -151,13 +173,15 @@ def _trainer(
 ) -> L.Trainer:
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
+        devices=choose_devices(recipe),
+        num_nodes=recipe.trainer.nodes,
+        strategy=strategy_of(recipe),
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_steps=recipe.trainer.steps,
         max_epochs=-1,
         accumulate_grad_batches=recipe.trainer.accumulate,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *([environment()] if recipe.trainer.is_parallel else [])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -5,6 +5,8 @@ trainer work unchanged. Policies, each tested:
 
 - Embeddings, head, norms and routers are not decayed; hidden matrices and experts are.
 - Routers and the gates of shared experts have a learning rate of their own and are always AdamW's.
+- Muon orthogonalizes whole matrices: of one that lies in parts, the parts of its direction are
+  gathered, and each process moves its own rows.
 - An expert whose gradient is zero in a step (no token chose it) is left as it is, weights and
   state: Muon would turn its stale momentum into a full-size step, AdamW would shrink it.
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from nano_moe.config import OptimConfig
 from nano_moe.device import native_bf16
 from nano_moe.training import elementwise
+from nano_moe.training.layouts import by_rows_of_matrices, gathered, local, part_of
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024 (Muon)
 NEWTON_SCHULZ_STEPS = 5
@@ -106,13 +109,17 @@ class MuonAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             stacked = parameter.ndim > 2
-            state["step"] = parameter.new_zeros((len(parameter), 1, 1) if stacked else ())
+            each = parameter[:, :1, :1] if stacked else local(parameter).new_zeros(())
+            state["step"] = torch.zeros_like(each)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
+        if local(parameter).numel() == 0:
+            return  # all of it lies elsewhere
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        weight, grad, average, square = (_stacks(x) for x in tensors)
+        weight, grad, average, square = (_stacks(local(x)) for x in tensors)
         live = _live(grad, parameter)
-        step = state["step"].view(-1).add_(live)  # an expert's own steps correct its moments
+        # An expert's own steps correct its moments.
+        step = local(state["step"]).view(-1).add_(live)
         moments = elementwise.Moments(average, square, step)
         elementwise.adamw(weight, grad, moments, live, group)
 
@@ -125,13 +132,32 @@ class MuonAdamW(torch.optim.Optimizer):
             state, pieces = self.state[parameter], 2 if fused else 1
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
+            if by_rows_of_matrices(parameter):
+                self._muon_gathered(parameter, pieces, group)
+                continue
+            if local(parameter).numel() == 0:
+                continue  # all of it lies elsewhere
             tensors = (parameter, parameter.grad, state["momentum"])
-            weight, grad, average = (_stacks(x, pieces) for x in tensors)
+            weight, grad, average = (_stacks(local(x), pieces) for x in tensors)
             update = Update(weight, grad, average, _live(grad, parameter))
             batches[weight.shape[1:]].append(update)
         for updates in batches.values():
             for piece in _pieces(updates):
                 self._muon_together(piece, group)
+
+    def _muon_gathered(self, parameter: Any, pieces: int, group: dict[str, Any]) -> None:
+        """A matrix of which each process holds rows: whole on all, for its iteration alone."""
+        tensors = (parameter, parameter.grad, self.state[parameter]["momentum"])
+        weight, grad, momentum = (local(x) for x in tensors)
+        momentum.lerp_(grad, 1 - group["momentum"])
+        ahead = gathered(grad.lerp(momentum, group["momentum"]), parameter)
+        stack = _stacks(ahead, pieces)
+        direction = (stack / elementwise.norms(stack)).to(self._newton_schulz_dtype(ahead))
+        steps = newton_schulz(direction)
+        rows = local(part_of(steps.view_as(ahead), parameter))
+        if len(rows):
+            live = ahead.new_ones(1)
+            elementwise.move(_stacks(weight), _stacks(rows), live, *_rates(steps, group))
 
     def _muon_together(self, updates: list[Update], group: dict[str, Any]) -> None:
         """Nesterov momentum, orthogonalized."""
@@ -141,8 +167,7 @@ class MuonAdamW(torch.optim.Optimizer):
             for u in updates
         ]
         steps = newton_schulz(torch.cat(directions) if len(updates) > 1 else directions[0])
-        rate = group["lr"] * MATCH_RMS_ADAMW * max(steps.shape[1:]) ** 0.5
-        decay = group["lr"] * group["weight_decay"]
+        rate, decay = _rates(steps, group)
         parts = steps.split([len(u.weight) for u in updates])
         for update, step in zip(updates, parts, strict=True):
             elementwise.move(update.weight, step, update.live, rate, decay)
@@ -152,6 +177,12 @@ class MuonAdamW(torch.optim.Optimizer):
             return torch.float64
         bf16 = self._precision == "bf16" or (self._precision == "auto" and native_bf16(x.device))
         return torch.bfloat16 if bf16 else torch.float32
+
+
+def _rates(steps: Tensor, group: dict[str, Any]) -> tuple[float, float]:
+    """Of a step of matrices (S, m, n), and of the decay."""
+    rate = group["lr"] * MATCH_RMS_ADAMW * max(steps.shape[1:]) ** 0.5
+    return rate, group["lr"] * group["weight_decay"]
 
 
 def newton_schulz(x: Tensor) -> Tensor:

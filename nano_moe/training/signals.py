@@ -10,6 +10,8 @@ from types import FrameType
 
 import lightning as L
 
+from nano_moe import ranks
+
 
 class StopSignal(L.Callback):
     """Remembers the first signal; a second Ctrl-C stops at once, at the last saved checkpoint."""
@@ -20,6 +22,12 @@ class StopSignal(L.Callback):
     @property
     def received(self) -> bool:
         return self.signal is not None
+
+    def agreed(self) -> bool:
+        """Whether any process of the training received one; collective."""
+        number = ranks.largest(self.signal or 0)
+        self.signal = signal.Signals(number) if number else None
+        return self.received
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Installed here because the trainer installs its own handlers just before.
@@ -35,6 +43,8 @@ class StopSignal(L.Callback):
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        if not ranks.leads():
+            return
         try:
             os.write(2, f"\n{self.signal.name}: stopping after this step\n".encode())  # reentrant
         except OSError:  # nobody is there: what else is said must not end the training

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from nano_moe import ranks
 from nano_moe.config import Recipe
 from nano_moe.errors import UserError
 from nano_moe.files import write_text
@@ -115,6 +116,19 @@ class Recorder:
 
     def close(self) -> None:
         self.events.close()
+
+
+class NoRecorder(Recorder):
+    """Of the processes that do not write."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, *figures: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
@@ -212,7 +226,8 @@ class Telemetry(StepCallback):
             return {}
         rate = (step - self._row_step) * self.tokens_per_step / elapsed
         peak = peak_flops(pl_module.device) if self.precision == "bf16" else None
-        mfu = {} if peak is None else {"speed/mfu": rate * pl_module.train_flops_per_token / peak}
+        flops = rate * pl_module.train_flops_per_token / ranks.count()
+        mfu = {} if peak is None else {"speed/mfu": flops / peak}
         return {"speed/tokens_per_second": rate, **mfu}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 
+from nano_moe import ranks
 from nano_moe.evaluation import Evaluation, evaluate
 from nano_moe.runs import Run
 from nano_moe.text.store import Corpus
@@ -57,7 +58,7 @@ class Validation(StepCallback):
         scored = evaluate(
             pl_module.model,
             self.corpus,
-            batch_size=recipe.trainer.batch_size,
+            batch_size=recipe.trainer.batch_size // ranks.count(),
             precision=self.precision,
         )
         row = budget(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from nano_moe import ranks
 from nano_moe.accounting import count
 from nano_moe.config import ModelConfig, Recipe
 from nano_moe.errors import UserError
@@ -37,7 +38,8 @@ def warm_start(model: GPT, recipe: Recipe, run: Run) -> None:
     tokens = step * dense_recipe.tokens_per_step
     spent = {"run": source.name, "step": step, "tokens": tokens}
     spent["flops"] = tokens * count(dense_recipe).train_flops_per_token
-    write_json(run.manifest_file, run.manifest() | {"init_from": spent})
+    if ranks.leads():
+        write_json(run.manifest_file, run.manifest() | {"init_from": spent})
 
 
 def _check_fits(source: Run, run: Run, dense: Recipe, recipe: Recipe) -> None:

@@ -1,0 +1,143 @@
+"""From one command to the processes of a training, in touch with each other.
+
+The first process leads: it alone reads a new corpus, claims the run folder, writes and speaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+from nano_moe import launch, ranks
+from nano_moe.config import Recipe
+from nano_moe.device import choose_device, choose_devices, count_processes
+from nano_moe.errors import SaidElsewhere, UserError
+from nano_moe.runs import Run
+
+SILENCE = timedelta(minutes=10)  # of one process after which the others give up
+PATIENCE = timedelta(days=7)  # for the first to read a corpus
+NOTICE = 2.0  # seconds in which a lost connection is found to be an ended process
+LOST = ("onnection", "imed out", "imeout", "gloo", "NCCL", "Broken pipe", "roadcast")
+
+Made = TypeVar("Made")
+
+
+class Job:
+    """The processes of one training; without a group, this one alone."""
+
+    def __init__(self, watch: launch.Watch | None = None):
+        self.watch = watch
+        self.leads = ranks.leads()
+        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE) if watch else None
+
+    def agreed(self, make: Callable[[], Made]) -> Made:
+        """What the first process makes, on all; where it fails, all end, and it says why."""
+        if self._patient is None:
+            return make()
+        box: list[Any] = [None, None]
+        fault: Exception | None = None
+        if self.leads:
+            try:
+                box[0] = make()
+            except Exception as error:
+                fault, box[1] = error, str(error)
+        dist.broadcast_object_list(box, group=self._patient)
+        if fault is not None:
+            raise fault
+        if box[1] is not None:
+            raise SaidElsewhere(box[1])
+        return box[0]
+
+    def first(self, make: Callable[[], Made]) -> Made:
+        """As each process makes it, once the first has: what it left on disk can be read."""
+        if self._patient is None:
+            return make()
+        made: list[Made] = []
+        self.agreed(lambda: made.append(make()))
+        return made[0] if made else make()
+
+    def advise(self, run: Run) -> None:
+        """What is said where another process ends."""
+        if self.watch is not None:
+            self.watch.advice = f"{run.last} is whole, go on with: make resume RUN={run.name}"
+
+
+@contextlib.contextmanager
+def started(recipe: Recipe, arguments: Sequence[str]) -> Iterator[Job]:
+    """The processes that a recipe asks for, in touch for the time of the block.
+
+    `arguments` of the command line start the others, unless torchrun or srun did. Raises UserError
+    where there are not as many as the recipe says, and where one of them ends.
+    """
+    if not recipe.trainer.is_parallel:
+        _check_count(int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1, 1)
+        yield Job()
+        return
+    n = count_processes(recipe)
+    with launch.others(choose_devices(recipe), arguments) as watch:
+        try:
+            _connect(recipe, n)
+            yield Job(watch)
+            dist.destroy_process_group()
+        except RuntimeError as error:
+            fault = _lost(error, watch)
+            if fault is None:
+                raise
+            raise fault from error
+
+
+def environment() -> ClusterEnvironment:
+    """Who made the processes of this group, in the trainer's words."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if launch.under_slurm() else LightningEnvironment()
+
+
+def _connect(recipe: Recipe, n: int) -> None:
+    if launch.under_slurm():
+        slurm = environment()
+        os.environ |= {"MASTER_ADDR": slurm.main_address, "MASTER_PORT": str(slurm.main_port)}
+        rank, there = slurm.global_rank(), slurm.world_size()
+    else:
+        rank, there = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _check_count(there, n)
+    gpu = choose_device(recipe).type == "cuda"
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=n, timeout=SILENCE)
+
+
+def _check_count(there: int, n: int) -> None:
+    if there != n:
+        raise UserError(
+            f"trainer.devices: {there} processes were started, and trainer.devices times "
+            f"trainer.nodes is {n}; make them equal"
+        )
+
+
+def _lost(error: RuntimeError, watch: launch.Watch) -> UserError | None:
+    """What became of the others, where the fault is that they cannot be reached."""
+    if not any(word in str(error) for word in LOST):
+        return None
+    fault = watch.fell(NOTICE)
+    if fault is None:
+        fault = f"another process cannot be reached ({str(error).splitlines()[0][:120]})"
+        speaks = ranks.leads()
+    else:
+        speaks = watch.leader is None or os.environ["LOCAL_RANK"] == "1"
+    if speaks and watch.leader is not None:
+        os.write(2, b"\n")  # ends the line that the first process left
+    return (UserError if speaks else SaidElsewhere)(f"{fault}; {watch.advice}")

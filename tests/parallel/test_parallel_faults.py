@@ -1,0 +1,204 @@
+"""Real processes of one training: killed, stopped, started otherwise; the rest ends, and says why.
+
+Every wait here is shorter than the silence after which processes give each other up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nano_moe import recipe_file, runs
+from nano_moe.config import Recipe
+from nano_moe.device import choose_devices, count_processes
+from nano_moe.errors import UserError
+from nano_moe.recipe_file import dump
+from nano_moe.training.fit import fit
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cases
+
+ENDLESS = {"steps": 10**6, "val_every": 10**6, "save_every": 5, "batch_size": 4}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a text and `tiny.yaml`, which never ends."""
+    monkeypatch.chdir(tmp_path)
+    cases.write_text(tmp_path / "text.txt")
+    recipe = cases.recipe("adamw", backend="auto", **ENDLESS)
+    (tmp_path / "tiny.yaml").write_text(dump(recipe))
+    return tmp_path
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "nano_moe", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def others(leader: subprocess.Popen[str]) -> list[int]:
+    """The processes that the first one started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            ours = b"nano_moe" in (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == leader.pid and ours:
+            found.append(int(folder.name))
+    return found
+
+
+def wait_for_rows(leader: subprocess.Popen[str], name: str, n: int) -> None:
+    """Until `n` more rows of metrics are written."""
+    metrics = Path(f"checkpoints/{name}/metrics.csv")
+    before = len(metrics.read_bytes().splitlines()) if metrics.exists() else 1
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and leader.poll() is None:
+        if metrics.exists() and len(metrics.read_bytes().splitlines()) >= before + n:
+            return
+        time.sleep(0.1)
+    leader.kill()
+    raise AssertionError(leader.communicate()[1])
+
+
+def is_gone(process: int, seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def step_of(name: str) -> int:
+    return int(runs.read_checkpoint(Path(f"checkpoints/{name}/last.ckpt"))["global_step"])
+
+
+def test_a_process_that_dies_ends_the_training_which_goes_on_in_another_layout(place):
+    two = ("trainer.devices=2", "trainer.strategy=fsdp")
+    leader = start("train", "tiny.yaml", "--name", "x", *two)
+    wait_for_rows(leader, "x", 6)
+    (other,) = others(leader)
+    os.kill(other, signal.SIGKILL)
+    told = leader.communicate(timeout=60)[1]
+    assert leader.returncode == 2, told
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: process 1 of 2 was ended by SIGKILL; checkpoints/x/last.ckpt")
+    assert "make resume RUN=x" in line and "Traceback" not in told
+    at = step_of("x")
+    assert at >= 5 and at % 5 == 0
+
+    leader = start("resume", "x", "trainer.devices=1", "trainer.strategy=auto")
+    wait_for_rows(leader, "x", 2)
+    leader.send_signal(signal.SIGTERM)
+    assert leader.wait(timeout=60) == 143
+    assert step_of("x") > at
+
+
+@pytest.mark.slow
+def test_a_leader_that_dies_ends_the_others(place):
+    leader = start("train", "tiny.yaml", "--name", "x", "trainer.devices=3", "trainer.batch_size=3")
+    wait_for_rows(leader, "x", 6)
+    left = others(leader)
+    assert len(left) == 2
+    leader.kill()
+    assert all(is_gone(process) for process in left)
+    told = leader.communicate(timeout=60)[1]
+    faults = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert len(faults) == 1 and "process 0" in faults[0] and "resume RUN=x" in faults[0]
+    assert step_of("x") >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["leader", "other"])
+def test_a_signal_to_any_process_stops_all_after_the_same_step(place, who):
+    leader = start("train", "tiny.yaml", "--name", "x", "trainer.devices=2", "trainer.strategy=ep")
+    wait_for_rows(leader, "x", 3)
+    (other,) = others(leader)
+    os.kill(leader.pid if who == "leader" else other, signal.SIGTERM)
+    told = leader.communicate(timeout=60)[1]
+    assert leader.returncode == 143, told
+    assert f"stopped at step {step_of('x')} of 1000000 by SIGTERM" in told
+    assert is_gone(other, 1)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_too(place):
+    """Which must be as many as the recipe says; the run folder is claimed once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "nano_moe", "train", "tiny.yaml", "trainer.steps=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    wrong = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert wrong.returncode and "2 processes were started" in wrong.stderr
+    command += ["trainer.devices=2", "trainer.strategy=ddp"]
+    right = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert right.returncode == 0, right.stderr
+    assert [path.name for path in Path("checkpoints").iterdir()] == ["tiny-1"]
+    assert step_of("tiny-1") == 3
+    assert right.stdout.count("validation loss") == 1
+
+
+FAULTS = {
+    "devices: 0": {"devices": 0},
+    "trainer.batch_size: 4 sequences do not split over 3": {"devices": 3},
+    "4 processes do not form groups of 3": {"devices": 4, "strategy": "ep", "expert_ranks": 3},
+    "strategy=fsdp shares no experts": {"strategy": "fsdp", "expert_ranks": 2},
+    "compile: strategy=fsdp": {"strategy": "fsdp", "devices": 2, "compile": True},
+    "16 experts do not split over 3": {"devices": 3, "strategy": "ep", "batch_size": 3},
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_layouts_that_cannot_work_are_refused_and_named(place, text):
+    overrides = [f"trainer.{field}={value}" for field, value in FAULTS[text].items()]
+    with pytest.raises(UserError) as found:
+        recipe_file.load("tiny.yaml", [o.replace("True", "true") for o in overrides])
+    assert text.replace("devices: 0", "0 processes").split(": ")[-1] in str(found.value)
+    assert "trainer." in str(found.value)
+
+
+def test_a_dense_model_has_no_experts_to_share_and_experts_that_choose_see_no_batch(place):
+    for fields in (["trainer.strategy=ep", "model.moe=null", "optim.expert_lr=null"],):
+        with pytest.raises(UserError, match="ep shares experts"):
+            recipe_file.load("tiny.yaml", fields)
+    moe = {"n_experts": 4, "top_k": 2, "routing": "expert_choice"}
+    content = cases.recipe("adamw", devices=2).model_dump()
+    content["model"]["moe"] = moe
+    with pytest.raises(ValueError, match="expert_choice chooses among all tokens"):
+        Recipe.model_validate(content)
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    gpus = {"accelerator": "gpu", "strategy": "ddp"}
+    assert choose_devices(cases.recipe("muon", "auto", **gpus, devices="auto")) == 2
+    assert count_processes(cases.recipe("muon", "auto", **gpus, devices=2, nodes=2)) == 4
+    with pytest.raises(UserError, match=r"trainer\.devices: 4 GPUs, but this node has 2"):
+        choose_devices(cases.recipe("muon", "auto", **gpus, devices=4))
+    three = cases.recipe("muon", "auto", **gpus, devices="auto", nodes=3)
+    with pytest.raises(UserError, match=r"trainer\.batch_size: 4 sequences do not split over 6"):
+        count_processes(three)
+
+
+def test_only_the_command_line_starts_processes(place):
+    recipe = cases.recipe("muon", devices=2)
+    run = runs.create(recipe, stem="tiny")
+    with pytest.raises(UserError, match="only `train` and `resume` start them"):
+        fit(run, recipe, cases.corpus(recipe), progress=False)
