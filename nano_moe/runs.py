@@ -157,7 +157,7 @@ def stem_of(recipe_path: Path) -> str:
     stem = recipe_path.stem
     if recipe_path.name == "recipe.yaml":
         stem = re.sub(r"-\d+$", "", recipe_path.resolve().parent.name)
-    return re.sub(r"[^A-Za-z0-9._-]", "-", stem).strip("-.") or "run"
+    return re.sub(r"[^A-Za-z0-9._-]", "-", stem).strip("-._") or "run"
 
 
 def is_run(path: Path) -> bool:
