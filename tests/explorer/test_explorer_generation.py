@@ -63,10 +63,7 @@ def test_the_end_token_ends_it_and_the_token_before_is_shown(opened, monkeypatch
     one = opened("routed")
     end = one.tokenizer.end_id
     script = iter([97, 98, end])
-    monkeypatch.setattr(
-        "nano_moe.inference.generate.torch.multinomial",
-        lambda *a, **k: torch.tensor([next(script)]),
-    )
+    monkeypatch.setattr("nano_moe.inference.generate.draw", lambda *a, **k: [next(script)])
     found = drawn(one)
     assert [step["token"] for step in found] == ["a", "b"]
     assert all(len(step["choices"]) == 2 for step in found)

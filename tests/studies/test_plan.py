@@ -39,11 +39,11 @@ def test_extra_fields_win(written):
 
 
 def test_a_grid_runs_every_member_at_every_value(written):
-    path = written()
+    path = written(("  members:", "  figure: grid\n  members:"), ("[1, 2]", "[1]"))
     text = path.read_text().split("  comparisons:")[0]
     path.write_text(text + "  grid: {field: optim.lr, values: [0.1, 0.2, 0.3, 0.4]}\n")
     runs = planned(path)
-    assert len(runs) == 2 * 2 * 4
+    assert len(runs) == 2 * 4
     assert [p.recipe.optim.lr for p in runs[4:8]] == [0.1, 0.2, 0.3, 0.4]
     assert runs[4].member == "sparse @ 0.1"
 
@@ -80,6 +80,7 @@ def test_a_dense_member_has_no_experts(written, fields):
     ]
     if "measure" in fields:
         changes.append(("sparse:\n", "sparse:\n      measure: true\n      expert_budget: 25%\n"))
+        changes.append(("  members:", "  figure: memory\n  members:"))
     path = written(*changes)
     with pytest.raises(UserError, match="study.members.dense.*a dense member has no experts"):
         planned(path)
