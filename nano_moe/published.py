@@ -2,7 +2,7 @@
 
 A file holds either a `model:` block, where our decoder can be that model, or `weights:`, a list of
 its weights, where it cannot (an encoder-decoder, learned positions, biases, other norms). Plain
-like `config.py`: nothing here builds anything, `census.py` does.
+like `config/`: nothing here builds anything, `census.py` does.
 """
 
 from __future__ import annotations

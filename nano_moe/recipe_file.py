@@ -2,7 +2,7 @@
 
 A file may also hold a published model, which is counted and not trained; its fields say which.
 
-Apart from `config.py` because it has another reader: whoever changes what a recipe *says* looks
+Apart from `config/` because it has another reader: whoever changes what a recipe *says* looks
 there, whoever changes how faults are *reported* looks here. Every fault is a `UserError` of one
 line: file:line, dotted field, the fault, the remedy.
 """
