@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nano_moe.model.cache import LayerCache
 from nano_moe.model.ffn import FFN
 
 
@@ -23,6 +24,8 @@ class SeparateFFN(nn.Module):
         self.up.weight.data.copy_(up)
         self.down = ffn.down
 
-    def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, None]:
+    def forward(
+        self, x: Tensor, tokens: Tensor | None = None, past: LayerCache | None = None
+    ) -> tuple[Tensor, None]:
         """(..., D) to (..., D), as `FFN.forward`."""
         return self.down(F.silu(self.gate(x)) * self.up(x)), None

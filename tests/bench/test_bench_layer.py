@@ -89,7 +89,9 @@ def test_dense_and_sparse_layers_have_equal_active_flops(shape):
 def test_separate_products_are_the_same_function():
     ffn = FFN(16, 24)
     x = torch.randn(5, 16)
-    torch.testing.assert_close(SeparateFFN(ffn)(x)[0], ffn(x)[0])
+    torch.testing.assert_close(
+        SeparateFFN(ffn)(x, None, None)[0], ffn(x, None, None)[0]
+    )  # as a block calls
 
 
 def test_rounds_differ_in_how_many_tokens_each_expert_gets():
