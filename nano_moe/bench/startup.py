@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import nano_moe
 from nano_moe import recipe_file, runs
@@ -23,6 +25,7 @@ from nano_moe.training.data import Windows
 from nano_moe.training.fit import fit
 from nano_moe.training.module import Decoder
 from nano_moe.training.step_callback import StepCallback
+from nano_moe.training.telemetry import Telemetry
 
 OVERHEAD_TARGET = 1.03  # of a bare loop's time
 LOGGING_TARGET = 0.02  # of the time of all steps, every tenth of them writing its row
@@ -46,7 +49,8 @@ def overhead(quick: bool) -> Iterator[Row]:
         bare = _bare(chosen, corpus)
         watch = Alternate(bare)
         run = runs.create(chosen, stem="overhead", root=folder / "checkpoints")
-        fit(run, chosen, corpus, progress=False, watchers=[watch])
+        with timed_logging() as logging:
+            fit(run, chosen, corpus, progress=False, watchers=[watch])
     timings = Timings({name: times[skipped:] for name, times in watch.seconds.items()})
     ratio = timings.ratio("fit", "bare loop")
     yield {
@@ -58,11 +62,12 @@ def overhead(quick: bool) -> Iterator[Row]:
         "met": ratio.median <= OVERHEAD_TARGET,
         "rounds": timings.rounds,
     }
-    writing = logging_ms(watch, skipped)
-    share = writing / 1e3 / chosen.trainer.log_every / timings.spread("fit").median
+    took = logging[1 + skipped : n_steps - 1]  # of the steps that were timed
+    rows = [seconds for step, seconds in took if step % chosen.trainer.log_every == 0]
+    share = sum(seconds for _, seconds in took) / sum(timings.seconds["fit"])
     yield {
         "logging": MODEL,
-        "ms": round(writing, 2),
+        "ms of a row": round(1e3 * statistics.median(rows), 2) if rows else None,
         "every steps": chosen.trainer.log_every,
         "share of training": round(share, 4),
         "target": LOGGING_TARGET,
@@ -70,13 +75,19 @@ def overhead(quick: bool) -> Iterator[Row]:
     }
 
 
-def logging_ms(watch: Alternate, skipped: int) -> float:
-    """How much longer over a bare step a step takes that writes its row than one that does not."""
-    excess: dict[bool, list[float]] = {True: [], False: []}
-    pairs = zip(watch.seconds["fit"], watch.seconds["bare loop"], watch.wrote, strict=True)
-    for of_fit, of_bare, wrote in list(pairs)[skipped:]:
-        excess[wrote].append(of_fit - of_bare)
-    return 1e3 * (statistics.median(excess[True]) - statistics.median(excess[False]))
+@contextmanager
+def timed_logging() -> Iterator[list[tuple[int, float]]]:
+    """Step and seconds of each call of the telemetry, whether it writes a row or only sums up."""
+    calls: list[tuple[int, float]] = []
+    plain = Telemetry.on_train_batch_end
+
+    def timed(self: Telemetry, trainer: Any, *rest: Any) -> None:
+        start = time.perf_counter()
+        plain(self, trainer, *rest)
+        calls.append((trainer.global_step, time.perf_counter() - start))
+
+    with patch.object(Telemetry, "on_train_batch_end", timed):
+        yield calls
 
 
 class Alternate(StepCallback):
@@ -88,7 +99,6 @@ class Alternate(StepCallback):
     def __init__(self, bare: BareStep):
         self.bare = bare
         self.seconds: dict[str, list[float]] = {"fit": [], "bare loop": []}
-        self.wrote: list[bool] = []  # whether that step of the trainer logged
         self._left: float | None = None  # when the trainer got its turn
 
     def on_step_end(self, trainer: Any, pl_module: Any, outputs: Any) -> None:
@@ -101,7 +111,6 @@ class Alternate(StepCallback):
         if self._left is not None:
             self.seconds["fit"].append(arrived - self._left)
             self.seconds["bare loop"].append(end - start)
-            self.wrote.append(trainer.global_step % pl_module.recipe.trainer.log_every == 0)
         self._left = time.perf_counter()
 
 
