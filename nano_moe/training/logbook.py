@@ -77,7 +77,7 @@ def layout(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
     """Charts of the Custom Scalars tab; TensorBoard merges those of all runs that are shown."""
     compare = {
         f"{split} CE by {unit}": ["Multiline", [f"by_{unit}/{tag}"]]
-        for split, tag in (("validation", "val_ce"), ("training", "train_ce"))
+        for split, tag in (("training", "train_ce"), ("validation", "val_ce"))
         for unit in UNITS
     }
     if recipe.model.moe is None:
