@@ -180,6 +180,7 @@ def test_weights_are_read_where_they_lie():
     assert not decoding.next_logits().any()
 
 
+@pytest.mark.slow
 def test_threads_share_the_work(monkeypatch):
     """With any work shared out, the logits stay those of the forward pass."""
     threads = torch.get_num_threads()

@@ -125,6 +125,7 @@ def test_a_worker_stops_with_a_checkpoint_when_its_parent_is_gone(todo):
     assert task.job.run.last.is_file() and not task.job.result.is_file()
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported_and_the_others_are_kept(todo):
     tasks = todo()
     broken = engine.Path(tasks[0].job.folder)
@@ -237,13 +238,8 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGINT,
-        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGKILL)),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_study_leaves_checkpoints_and_no_worker(written, small, tmp_path, number):
     extra = {**small, "trainer.steps": 100_000, "trainer.save_every": 100_000}
     path, root = written(), tmp_path / "studies"

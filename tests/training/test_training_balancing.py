@@ -158,6 +158,7 @@ def on_rank(rank: int, rendezvous: str, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_balance_together(tmp_path):
     multiprocessing.spawn(on_rank, (str(tmp_path / "meet"), str(tmp_path)), nprocs=2)
     for rank in range(2):
