@@ -133,7 +133,7 @@ def test_a_preparer_that_is_killed_is_followed_by_the_one_that_waits(course, led
     assert store._build is build
 
 
-@pytest.mark.parametrize("part", ["_read_all", "_tokenize", "_write_meta", "sync"])
+@pytest.mark.parametrize("part", ["_read", "_tokenizer", "_write_meta", "sync"])
 def test_killed_in_preparing(course, ledger, monkeypatch, part):
     """Nothing under the final name, and the next one builds the same."""
 
