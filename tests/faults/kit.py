@@ -18,13 +18,13 @@ import random
 import shutil
 import signal
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from forking import ended, fork
 from hypothesis import HealthCheck, settings
 
 from nano_moe import recipe_file, runs
@@ -92,24 +92,6 @@ def refused(*arguments: str) -> str:
     faults = [line for line in lines if line.startswith("error:")]
     assert status == 2 and len(faults) == 1 and lines[-1] == faults[0], (status, lines)
     return faults[0]
-
-
-def fork(work: Callable[[], Any]) -> int:
-    """The id of a child that does `work` and ends with status 0, or 99 and a traceback."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()  # pytest shows what a failed test wrote
-            os._exit(99)
-    return child
-
-
-def ended(child: int) -> int:
-    """A child's exit status, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 # --- a course that is known ----------------------------------------------------------------------
@@ -250,14 +232,7 @@ def make_read_only(folder: Path) -> None:
 
 def can_mount() -> bool:
     """Whether this system lets a child have mounts of its own."""
-    child = os.fork()
-    if child == 0:
-        try:
-            own_mounts()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return ended(child) == 0
+    return ended(fork(own_mounts)) == 0
 
 
 # --- the record ----------------------------------------------------------------------------------

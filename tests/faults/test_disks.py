@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from forking import ended, fork
 from kit import (
     STEPS,
     Course,
     copy_of,
-    ended,
-    fork,
     make_read_only,
     mount_small,
     own_mounts,

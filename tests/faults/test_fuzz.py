@@ -46,7 +46,11 @@ class Watch:
             if isinstance(path, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 return
             self.touched.append(os.fsdecode(path))
-        elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.symlink", "os.link"):
+        elif event in ("os.remove", "os.rmdir"):
+            path, folder = arguments  # a name in an open folder, as shutil.rmtree removes it
+            where = "" if folder == -1 else os.readlink(f"/proc/self/fd/{folder}")
+            self.touched.append(os.path.join(where, os.fsdecode(path)))
+        elif event in ("os.mkdir", "os.rename", "os.symlink", "os.link"):
             self.touched += [os.fsdecode(a) for a in arguments[:2] if isinstance(a, str | bytes)]
         elif event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn"):
             self.touched.append(f"/started: {arguments}")

@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from kit import STEPS, Course, copy_of, ended, fork, times
+from forking import ended, fork
+from kit import STEPS, Course, copy_of, times
 
 from nano_moe import runs
 from nano_moe.runs import Run

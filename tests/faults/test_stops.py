@@ -9,7 +9,8 @@ import sys
 import time
 
 import pytest
-from kit import copy_of, ended, fork, times
+from forking import ended, fork
+from kit import copy_of, times
 
 from nano_moe import runs
 from nano_moe.cli.main import main

@@ -5,7 +5,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from kit import copy_of, ended, fork, refused, times, verb, wait_for
+from forking import ended, fork
+from kit import copy_of, refused, times, verb, wait_for
 
 from nano_moe import runs
 from nano_moe.runs import Run

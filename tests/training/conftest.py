@@ -4,12 +4,12 @@ import csv
 import os
 import random
 import signal
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forking import ended, fork
 
 from nano_moe import runs
 from nano_moe.config import Recipe
@@ -143,15 +143,7 @@ class Workshop:
     @staticmethod
     def in_child(work) -> int:
         """Run `work` in a forked process; its exit status, or minus the signal that ended it."""
-        child = os.fork()
-        if child == 0:
-            try:
-                work()
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()  # pytest shows what a failed test wrote
-                os._exit(99)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return ended(fork(work))
 
     @staticmethod
     def checkpoint(path: Path) -> dict[str, Any]:
