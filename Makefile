@@ -111,7 +111,7 @@ test-faults: $(STAMP) ## kills, full disks, fuzzing, … in full counts; writes 
 	$(plain)@NANO_MOE_FAULTS=full $(BIN)/pytest -m 'not gpu' tests/faults $(call given,ARGS)
 
 soak: $(STAMP) ## two hours of training, watched for leaks (MINUTES=1 to try it)
-	$(plain)@$(BIN)/python tests/faults/soak.py $(if $(call given,MINUTES),--minutes $(call quote,$(MINUTES)))
+	$(plain)@PYTHONPATH=tests $(BIN)/python tests/faults/soak.py $(if $(call given,MINUTES),--minutes $(call quote,$(MINUTES)))
 
 bench: $(STAMP) ## time layers, steps, other libraries, optimizer and input here (15 minutes)
 	$(plain)@for name in layer step optimizer data; do $(NANO) bench $$name $(call given,ARGS) || exit; done

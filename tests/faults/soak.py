@@ -1,6 +1,6 @@
 """Hours of training with evaluation and checkpoints every few steps, watched from outside.
 
-`make soak`, or `python tests/faults/soak.py --minutes 2` to try it. A real `train` in a process of
+`make soak`, or `make soak MINUTES=2` to try it. A real `train` in a process of
 its own; its memory, files, threads, children and folder are read every few seconds. It fails where
 memory grows by more than 2 % after the warm-up, where a descriptor, thread or process is left over,
 and where checkpoints take more room than the retention rule of nano_moe/runs.py allows. Figures go
