@@ -132,7 +132,7 @@ def test_any_recipe_decodes_to_its_own_logits(config, lengths):
 def test_of_equal_scores_the_first_experts_are_taken():
     model = built(config_of({"top_k": 2}))
     for router in model.routers:
-        router.weight.data[:] = router.weight.data[0]
+        router.weight.data.zero_()  # equal rows need not have equal products in PyTorch
     assert check(model, [4, 4, 6], 8, {}) == 8
     for block in model.blocks:  # so that the experts that were not taken would be heard
         block.ffn.experts.down.data[:2] = 0

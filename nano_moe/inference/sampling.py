@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, prange
 from torch import Tensor
 
 from nano_moe.errors import UserError
 from nano_moe.inference.step_kernels import kernel
-from nano_moe.model.kernels import INLINE, array, exp
+from nano_moe.model.kernels import INLINE, array, exp, largest_of
 
 _f32 = np.float32
+_PART = 256  # logits among which the largest is sought
 
 
 def likeliest(logits: Tensor) -> list[int]:
@@ -77,17 +78,26 @@ def draw(
 @kernel
 def _largest(logits: Any, tokens: Any) -> None:
     """Where the first largest of each row is; -1 where a sum over the row is not finite."""
-    for b in range(len(logits)):
-        row, largest, total = logits[b], logits[b, 0], 0.0
+    for b in prange(len(logits)):
+        row, total = logits[b], 0.0
         for v in range(len(row)):
-            largest = row[v] if row[v] > largest else largest
             total += row[v]
         tokens[b] = -1
         if abs(total) < np.inf:  # not `isfinite`, whose difference reordering makes 0
-            v = 0
-            while row[v] != largest:
-                v += 1
-            tokens[b] = v
+            tokens[b] = _first_largest(row)
+
+
+@njit(**INLINE)
+def _first_largest(row: Any) -> Any:
+    """Sought within the first part that has the largest."""
+    largest, at = -_f32(np.inf), 0
+    for start in range(0, len(row), _PART):
+        among = largest_of(row[start : start + _PART])
+        if among > largest:
+            largest, at = among, start
+    while row[at] != largest:
+        at += 1
+    return at
 
 
 @kernel
