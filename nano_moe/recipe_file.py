@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.scalarfloat import ScalarFloat
 from ruamel.yaml.scalarint import ScalarInt
 from ruamel.yaml.scalarstring import ScalarString
@@ -35,6 +36,8 @@ MAX_DIGITS = 300  # of a whole number; Python refuses to write out much longer o
 MAX_NAMES = 30  # of files that are there instead
 MAX_BASES = 20  # files that one recipe inherits through
 MAX_NODES = 10_000  # aliases can make a small file expand without end
+MAX_DEPTH = 50  # what is nested deeper takes ruamel the square of its depth to build
+LONG = 5_000  # characters from which on a text is looked through for its depth first
 
 PUBLISHED = {"published", "weights"}  # either field makes a file a published model,
 RUN = {"seed", "data", "optim", "trainer"}  # and none of these makes it one to count, too
@@ -144,7 +147,11 @@ def parse_override(text: str) -> Tree:
 def parse(text: str, source: str) -> Tree:
     """One file's text as it stands, without its bases; raises UserError that names `source`."""
     try:
+        if len(text) > LONG:
+            _check_depth(text, source)
         node = YAML().load(text)
+    except UserError:
+        raise
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         field = str(error.problem).split('"')[1] if '"' in str(error.problem) else "a key"
@@ -160,6 +167,15 @@ def parse(text: str, source: str) -> Tree:
         raise UserError(f"{source}: holds no fields; write them as in recipes/mixtral.yaml")
     values = _plain(node, source)
     return Tree(values, dict(_origins(node, source, ())))
+
+
+def _check_depth(text: str, source: str) -> None:
+    depth = 0
+    for event in YAML().parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            line = event.start_mark.line + 1
+            raise UserError(f"{source}:{line}: nested more than {MAX_DEPTH} deep; write it flat")
 
 
 def validate(tree: Tree, source: str, schema: type[Checked]) -> Checked:

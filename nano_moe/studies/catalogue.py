@@ -20,14 +20,10 @@ from nano_moe.errors import UserError
 from nano_moe.runs import Run, write_json
 from nano_moe.studies import clock, engine, results, tiers
 from nano_moe.studies.plan import FLOPS_WITHIN, Planned, check_fair, plan
-from nano_moe.studies.schema import Study, Value, load
+from nano_moe.studies.schema import FULL, Study, Value, load
 
 STUDIES = FOLDER / "studies"
 GRID = "learning-rates"
-FULL: dict[str, Value] = {
-    "trainer.val_every": 1_000_000,  # the end alone: what is trained on is not seen twice
-    "trainer.save_every": 100,  # at most a minute of work is lost
-}
 ROUNDING = 0.02  # nats that rounding on another machine may move a grid's run
 SMOKE_WORDS, SMOKE_SEEDS = 5_000, 2
 

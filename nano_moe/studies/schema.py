@@ -74,8 +74,19 @@ def _share(given: str) -> str:
     return given
 
 
+def _heading(given: str) -> str:
+    if given != " ".join(given.split()) or "|" in given:
+        raise ValueError("must be one line of words; drop the line break, |, or spaces around")
+    return given
+
+
 Figure = Annotated[str, AfterValidator(_known_figure)]
 Value = Annotated[bool | int | float | str | None, BeforeValidator(_single)]
+
+FULL: dict[str, Value] = {  # of every run
+    "trainer.val_every": 1_000_000,  # the end alone: what is trained on is not seen twice
+    "trainer.save_every": 100,  # at most a minute of work is lost
+}
 
 
 def _a_list_will_do(given: Any) -> Any:
@@ -196,7 +207,9 @@ class Study(Section):
     """A question, and the rule that answers it."""
 
     order: int = Field(ge=0, description="place in the report")
-    title: str = Field(min_length=1, max_length=60, description="a heading")
+    title: Annotated[str, AfterValidator(_heading)] = Field(
+        min_length=1, max_length=60, description="a heading"
+    )
     question: str = Field(min_length=1, description="what a reader wants to know")
     claim: str = Field(min_length=1, description="what was published, in a sentence of ours")
     source: str = Field(min_length=1, description="where")
@@ -243,6 +256,8 @@ class Study(Section):
         for where, fields in self._all_fields():
             if "seed" in fields:
                 raise FieldFault(where, "seeds are the study's own; write it under seeds")
+            if set_for_all := sorted(FULL.keys() & fields.keys()):
+                raise FieldFault(where, f"{set_for_all[0]} is the same in every study; drop it")
         for name, member in self.members.items():
             self._check_source(f"members.{name}", name, member)
         if self.grid is not None:

@@ -182,6 +182,7 @@ BOMBS = {
     "merged keys": laughs(12, 5, "merge"),
     "deep": "seed: " + "[" * 900 + "]" * 900,
     "deeper": "seed: " + "{a: " * 5000,
+    "deepest": "seed: " + "[" * 20_000 + "]" * 20_000,
     "deep by blocks": "\n".join(" " * i + "a:" for i in range(900)),
     "wide": "data: {files: [" + "x, " * 8_000 + "]}",
     "long number": "seed: " + "9" * 5000,

@@ -47,6 +47,9 @@ GRID = "  grid: {field: optim.lr, values: [0.1, 0.2, 0.3, 0.4]}\n  members:"
         ("  members:", "  figure: memory\n  members:", "set measure: true"),
         ("  members:", "  figure: grid\n  members:", "grid is for a grid"),
         ("optim.warmup_steps: 0", "seed: 3", "seeds are the study's own"),
+        ("optim.warmup_steps: 0", "trainer.save_every: 5", "is the same in every study; drop it"),
+        ("title: Does it pay", "title: Does it | pay", "must be one line of words"),
+        ("title: Does it pay", 'title: "Does it\\npay"', "must be one line of words"),
         ("model.d_ff: 384", "seed: 3", "seeds are the study's own"),
         (
             "than: dense",
