@@ -18,7 +18,7 @@ from nano_moe import recipe_file, runs
 from nano_moe.bench.bare import BareStep
 from nano_moe.bench.recipes import prepared, recipe, text_folder
 from nano_moe.bench.report import Row
-from nano_moe.bench.timing import Budget, Spread, Timings, interleave
+from nano_moe.bench.timing import Budget, Case, Spread, Timings, interleave
 from nano_moe.config import Recipe
 from nano_moe.text.store import Corpus
 from nano_moe.training.data import Windows
@@ -30,6 +30,7 @@ from nano_moe.training.telemetry import Telemetry
 OVERHEAD_TARGET = 1.03  # of a bare loop's time
 LOGGING_TARGET = 0.02  # of the time of all steps, every tenth of them writing its row
 START_TARGET = 8.0  # seconds
+HELP, HELP_TARGET = "--help", 1.0
 LONGEST_START = 120.0  # seconds until a start counts as failed
 MODEL = "8 experts top-2"  # its telemetry has more to write than a dense model's
 WORDS = 300_000
@@ -130,28 +131,46 @@ def _bare(chosen: Recipe, corpus: Corpus) -> BareStep:
 
 
 def start_up(quick: bool) -> Iterator[Row]:
-    """Seconds from `train` as a command to its first optimizer step, the text being prepared."""
+    """Seconds from `train` as a command to its first optimizer step, the text being prepared.
+
+    And those of a command that trains nothing.
+    """
     budget = Budget(0, min_rounds=1 if quick else 5, warm_up=0 if quick else 1)
     with text_folder(WORDS // 10 if quick else WORDS) as (folder, data):
         chosen = recipe(MODEL, *data, *NEVER, "trainer.log_every=1", quick=quick)
         prepared(chosen)
         (folder / "anchor.yaml").write_text(recipe_file.dump(chosen), encoding="utf-8")
-        timings = interleave({"train": lambda number: _first_step(folder)}, budget)
-    spread: Spread = timings.spread("train")
-    yield {
-        "start-up": MODEL,
-        "seconds": spread,
-        "target": START_TARGET,
-        "met": spread.median <= START_TARGET,
-        "rounds": timings.rounds,
-    }
+        cases: dict[str, Case] = {MODEL: lambda _: _first_step(folder), HELP: lambda _: _help()}
+        timings = interleave(cases, budget)
+    for name, target in ((MODEL, START_TARGET), (HELP, HELP_TARGET)):
+        spread: Spread = timings.spread(name)
+        yield {
+            "start-up": name,
+            "seconds": spread,
+            "target": target,
+            "met": spread.median <= target,
+            "rounds": timings.rounds,
+        }
+
+
+def _help() -> float:
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "nano_moe", HELP]
+    subprocess.run(command, env=_environment(), stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
+
+
+def _environment() -> dict[str, str]:
+    """Ours, and that finds this package from any folder."""
+    package = str(Path(nano_moe.__file__).parent.parent)
+    paths = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": paths}
 
 
 def _first_step(folder: Path) -> float:
     """Start a training and end it as soon as its first row of metrics is there."""
     command = [sys.executable, "-m", "nano_moe", "train", "anchor.yaml"]
-    package = str(Path(nano_moe.__file__).parent.parent)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
+    env = _environment()
     before = set(folder.glob("checkpoints/*"))
     start = time.perf_counter()
     with subprocess.Popen(
