@@ -251,8 +251,8 @@ class Study(Section):
     def _check(self) -> Study:
         if len(set(self.seeds)) < len(self.seeds):
             raise FieldFault("seeds", "a seed is named twice; name each once")
-        if (self.grid is None) == (not self.comparisons):
-            raise FieldFault("comparisons", "give comparisons, or a grid, and not both")
+        if (self.grid is None) == (not self.comparisons and not self.trends):
+            raise FieldFault("comparisons", "give comparisons or trends, or a grid, and not both")
         for where, fields in self._all_fields():
             if "seed" in fields:
                 raise FieldFault(where, "seeds are the study's own; write it under seeds")

@@ -109,7 +109,7 @@ def _entropy(attribute: Attribute) -> float:
 def coactivation(ids: Tensor, n_experts: int) -> Tensor:
     """Of the tokens that chose an expert, the share that chose each other one: (N, K) -> (E, E).
 
-    By chance it is (K - 1) / (E - 1). Muennighoff et al. 2024, eq. 8.
+    By chance it is (K - 1) / (E - 1). Muennighoff et al. 2024, eq. 6.
     """
     chosen = torch.zeros(len(ids), n_experts).scatter_(1, ids, 1.0)  # (N, E)
     together = chosen.T @ chosen
@@ -135,7 +135,7 @@ def folder_of(run: Run) -> Path:
 def saturation(run: Run) -> dict[str, Any]:
     """Per layer, the share of final choices that were made already at each step.
 
-    Of the same tokens; by chance it is K / E. Muennighoff et al. 2024 (OLMoE), eq. 7.
+    Of the same tokens; by chance it is K / E. Muennighoff et al. 2024 (OLMoE), eq. 5.
     """
     files = sorted(folder_of(run).glob("*.npy"))
     final = np.load(files[-1])  # (L, N, K)
