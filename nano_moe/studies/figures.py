@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -161,13 +162,13 @@ def _balance(axes: Axes, content: Mapping[str, Any]) -> None:
     figure_of.legend(handles, labels, loc="outside upper right", ncols=len(labels))
 
 
-def _panels(axes: Axes, rows: int, columns: int) -> list[list[Axes]]:
-    """Small axes in place of one, scales shared along rows and columns."""
+def _panels(axes: Axes, rows: int, columns: int, *, sharex: bool = True) -> list[list[Axes]]:
+    """Small axes in place of one, scales shared along rows and, where not said, columns."""
     figure, place = axes.get_figure(), axes.get_subplotspec()
     assert figure is not None and place is not None
     axes.remove()
     grid = place.subgridspec(rows, columns)
-    panels = grid.subplots(sharex=True, sharey="row", squeeze=False)
+    panels = grid.subplots(sharex=sharex, sharey="row", squeeze=False)
     return [list(row) for row in panels]
 
 
@@ -247,7 +248,7 @@ def _trend(axes: Axes, content: Mapping[str, Any]) -> None:
     several = len(trend["lines"]) > 1
     for point in trend["points"]:
         number = point["line"] if several else 0
-        label = _line_name(trend["lines"][number]) if several else None
+        label = _line_name(*next(iter(trend["lines"][number].items()))) if several else None
         first = 0.0 if several else point["gain"][0]
         axes.plot(
             point["x"], [gain - first for gain in point["gain"]], label=label, ms=4,
@@ -263,20 +264,27 @@ def _trend(axes: Axes, content: Mapping[str, Any]) -> None:
         _legend(axes)
 
 
-def _line_name(line: Mapping[str, Any]) -> str:
-    """What the members of a line's first point are called, up to the number varied."""
-    first = next(iter(line.values()))
-    return first if isinstance(first, str) else " – ".join(reversed(first))
+def _line_name(x: str, members: str | Sequence[str]) -> str:
+    """What a line's better members are called, without the number that varies along it."""
+    name = members if isinstance(members, str) else members[0]
+    return re.sub(rf",? {re.escape(x)}\b", "", name)
 
 
 def _price(axes: Axes, content: Mapping[str, Any]) -> None:
-    """Final validation loss over MaxVio, a marker per run."""
-    at = {member: _of_member(content, member, "max_vio") for member in content["members"]}
-    _losses_over(axes, content, at, "MaxVio of the worst layer (busiest expert over mean, minus 1)")
+    """Final validation loss over MaxVio, a marker per run, means joined in the members' order."""
+    members = list(content["members"])
+    at = {member: _of_member(content, member, "max_vio") for member in members}
+    means = [
+        [statistics.fmean(of) for of in (at[member], _of_member(content, member, "ce"))]
+        for member in members
+    ]
+    axes.plot(*zip(*means, strict=True), color="0.6", lw=1, zorder=0)
+    _losses_over(axes, content, at, "MaxVio of the worst layer")
 
 
 def _specialization(axes: Axes, content: Mapping[str, Any]) -> None:
-    """Bits that domain and class tell about the expert, less the shuffled floor, by layer."""
+    """What the expert tells by layer, and how early in training its tokens' choices are final."""
+    (upper,), (lower,) = _panels(axes, 2, 1, sharex=False)
     for number, (member, runs) in enumerate(content["looks"].items()):
         for name, style in (("domain", "-"), ("class", "--")):
             layers = [
@@ -284,14 +292,24 @@ def _specialization(axes: Axes, content: Mapping[str, Any]) -> None:
                 for run in runs.values()
             ]
             means = [statistics.fmean(column) for column in zip(*layers, strict=True)]
-            axes.plot(
+            upper.plot(
                 range(len(means)), means, ls=style, marker=MARKERS[number % len(MARKERS)], ms=4,
                 color=COLOURS[number % len(COLOURS)], label=f"{member}: {name}",
             )  # fmt: skip
-    axes.set_xticks(range(len(means)))
-    axes.set_xlabel("layer")
-    axes.set_ylabel("bits about the expert, above shuffled labels")
-    _legend(axes)
+        saturations = [run["saturation"] for run in runs.values()]
+        by_layer = zip(*(one["layers"] for one in saturations), strict=True)
+        for layer, shares in enumerate(by_layer):
+            means = [statistics.fmean(column) for column in zip(*shares, strict=True)]
+            lower.plot(
+                saturations[0]["steps"], means, color=COLOURS[number % len(COLOURS)],
+                ls=STYLES[layer % len(STYLES)], lw=1,
+            )  # fmt: skip
+    upper.set_xticks(range(len(next(iter(runs.values()))["layers"])))
+    upper.set_xlabel("layer")
+    upper.set_ylabel("bits about the expert,\nabove shuffled labels")
+    lower.set_xlabel("step (a line per layer, colours as above)")
+    lower.set_ylabel("choices that are final")
+    _legend(upper)
 
 
 def _leak(axes: Axes, content: Mapping[str, Any]) -> None:

@@ -54,12 +54,18 @@ def _by_layer(content: Mapping[str, Any]) -> str:
             cells = [f"{bits:.3f} ({floor:.3f})" for bits, floor in zip(told, floors, strict=True)]
             final = statistics.fmean(_final_at(run["saturation"], place) for run in runs.values())
             pairs = statistics.fmean(max(map(max, one["coactivation"])) for one in each)
-            rows.append((member, str(layer), *cells, f"{final:.2f}", f"{pairs:.2f}"))
+            chance = _pairs_by_chance(content["members"][member]["recipe"])
+            rows.append((member, str(layer), *cells, f"{final:.2f}", f"{pairs:.2f} ({chance:.2f})"))
     header = (
         "member", "layer", "domain, bits (shuffled)", "class, bits (shuffled)",
-        f"choices final at {FIRST:.0%}", "closest pair of experts",
+        f"choices final at {FIRST:.0%}", "closest pair of experts (by chance)",
     )  # fmt: skip
     return table(header, rows)
+
+
+def _pairs_by_chance(recipe: Mapping[str, Any]) -> float:
+    moe = recipe["model"]["moe"]
+    return float((moe["top_k"] - 1) / (moe["n_experts"] - 1))
 
 
 def _layers(runs: Mapping[str, Any]) -> list[int]:

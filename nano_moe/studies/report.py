@@ -11,7 +11,7 @@ from nano_moe.files import replacing, write_text
 from nano_moe.studies import results
 from nano_moe.studies.catalogue import STUDIES, Found, check_rule, everything
 from nano_moe.studies.figures import draw
-from nano_moe.studies.sections import could_have_seen, final_verdicts, gain, section
+from nano_moe.studies.sections import claims, could_have_seen, section
 from nano_moe.studies.tables import table
 
 BEGIN, END = "<!-- verdicts: written by make report -->", "<!-- end of verdicts -->"
@@ -30,13 +30,14 @@ from zero. Losses are of the whole validation split, mean ± standard deviation 
 a median: what a process came to hold beyond what it held at its start. In bf16 it includes products
 that oneDNN compiles for experts as loads wander, so that experts may hold more than in fp32. bf16
 is autocast over fp32 weights (see Precision). Studies share runs: a recipe is trained once per
-seed, whichever claims it bears on.
+seed on a machine, whichever claims it bears on; on another it ends elsewhere by rounding, and each
+study names its own.
 """
 
 
-VOCABULARY = """*Reversed*: the contrary holds; *undecided*: so few runs cannot tell; *could
-have seen*: the smallest gain that they would have told from zero. Caveats, such as that one
-optimizer was tried (Muon), stand with each study.
+VOCABULARY = """*Reversed*: the contrary holds; *undecided*: so few runs cannot tell, or two
+draws disagree; *could have seen*: the smallest gain that they would have told from zero. Caveats,
+such as that one optimizer was tried (Muon), stand with each study.
 """
 
 
@@ -126,15 +127,14 @@ def readme_block(reported: Sequence[Reported]) -> str:
 
 
 def _rows(one: Reported) -> Iterator[tuple[str, ...]]:
-    verdicts = final_verdicts(one.content, one.again)
-    claims = list(zip(one.content["comparisons"], verdicts, strict=True))
-    shown = [claims[0], *(claim for claim in claims[1:] if claim[1] == "reversed")]
-    rest = [verdict for claim, verdict in claims[1:] if verdict != "reversed"]
+    first, *others = claims(one.content, one.again)
+    shown = [first, *(claim for claim in others if claim[1] == "reversed")]
+    rest = [verdict for _, verdict, _ in others if verdict != "reversed"]
     counted = ", ".join(f"{rest.count(v)} {v}" for v in dict.fromkeys(rest)) or "–"
     title = one.found.study.title
     link = f"[{title}]({RESULTS}/RESULTS.md#{anchor(title)})"
-    for number, (claim, verdict) in enumerate(shown):
-        told = (claim["says"], f"**{verdict}**", gain(claim), could_have_seen(claim))
+    for number, (claim, verdict, gained) in enumerate(shown):
+        told = (claim["says"], f"**{verdict}**", gained, could_have_seen(claim))
         yield (link, *told, counted) if number == 0 else ("", *told, "")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from nano_moe.studies.balance_tables import balance_table
 from nano_moe.studies.catalogue import Found
 from nano_moe.studies.look_tables import look_tables
 from nano_moe.studies.schema import LOOKED
@@ -51,13 +53,13 @@ def section(
         f"## {study.title}\n\n{study.question}\n",
         f"**Claim.** {study.claim} ({study.source})\n",
         f"**Answer.** {answer(content, again)}\n",
-        _grid_table(content) if "grid" in content else _comparisons(content),
+        _grid_table(content) if "grid" in content else _comparisons(content, again),
     ]
     if again is not None:
         parts.append(_both_draws(content, again))
     parts.append(f"![{study.title}]({found.name}.png)\n")
-    if "balance" in content:
-        parts.append(_balance_table(content))
+    if routed := balance_table(content):
+        parts.append(routed)
     if "looks" in content:
         parts.append(look_tables(content))
     parts.append(_members(content))
@@ -79,11 +81,10 @@ def answer(content: Mapping[str, Any], again: Mapping[str, Any] | None = None) -
         edge = [name for name, row in grid["members"].items() if row["at_edge"]]
         found = f"At the edge of the grid: {', '.join(edge)}." if edge else "None is at an edge."
         return f"The best {grid['field']} is {', '.join(best)}. {found}"
-    headline = content["comparisons"][0]
-    first, *verdicts = final_verdicts(content, again)
-    told = f"{first.capitalize()}{_contrary(first)}: {headline['says']}; gain {gain(headline)}"
-    others = zip(content["comparisons"][1:], verdicts, strict=True)
-    return " ".join(["; ".join([told, *_share(content)]) + ".", *_other_verdicts(others)])
+    (headline, first, gained), *others = claims(content, again)
+    told = f"{first.capitalize()}{_contrary(first)}: {headline['says']}; gain {gained}"
+    named = ((one, verdict) for one, verdict, _ in others)
+    return " ".join(["; ".join([told, *_share(content)]) + ".", *_other_verdicts(named)])
 
 
 def _contrary(verdict: str) -> str:
@@ -92,11 +93,20 @@ def _contrary(verdict: str) -> str:
 
 def final_verdicts(content: Mapping[str, Any], again: Mapping[str, Any] | None) -> list[str]:
     """A verdict per claim; one that a second draw does not confirm is undecided."""
-    first = [one["verdict"] for one in content["comparisons"]]
-    if again is None:
-        return first
-    second = [one["verdict"] for one in again["comparisons"]]
-    return [v if v == w else UNDECIDED for v, w in zip(first, second, strict=True)]
+    return [final for _, final, _ in claims(content, again)]
+
+
+def claims(
+    content: Mapping[str, Any], again: Mapping[str, Any] | None
+) -> Iterator[tuple[Mapping[str, Any], str, str]]:
+    """Each comparison, its final verdict, and its gain: of both draws where these disagree."""
+    for number, one in enumerate(content["comparisons"]):
+        other = one if again is None else again["comparisons"][number]
+        if one["verdict"] == other["verdict"]:
+            yield one, one["verdict"], gain(one)
+        else:
+            draws = (f"{gain(draw)}: {draw['verdict']}" for draw in (one, other))
+            yield one, UNDECIDED, f"{'; a second draw: '.join(draws)}"
 
 
 def _both_draws(content: Mapping[str, Any], again: Mapping[str, Any]) -> str:
@@ -108,13 +118,18 @@ def _both_draws(content: Mapping[str, Any], again: Mapping[str, Any]) -> str:
         )
         for one, other in zip(content["comparisons"], again["comparisons"], strict=True)
     ]
-    seeds = [
-        ", ".join(str(seed) for seed in sorted({run["seed"] for run in of["runs"]}))
-        for of in (content, again)
-    ]
-    header = ("claim", f"seeds {seeds[0]}", f"seeds {seeds[1]}", "verdict")
+    heads = [f"seeds {_all_of(of, 'seed')}, {_all_of(of, 'machine')}" for of in (content, again)]
     note = "Drawn twice, by one rule and with other seeds; a verdict stands where both draws agree."
-    return f"{note}\n\n{table(header, rows)}"
+    file = f"{again['study']}.json"
+    return (
+        f"{note} Raw figures of the second: [{file}]({file}).\n\n"
+        f"{table(('claim', *heads, 'verdict'), rows)}"
+    )
+
+
+def _all_of(content: Mapping[str, Any], what: str) -> str:
+    """Every value that runs have."""
+    return ", ".join(map(str, sorted({run[what] for run in content["runs"]})))
 
 
 def _share(content: Mapping[str, Any]) -> Iterator[str]:
@@ -153,22 +168,20 @@ def gain(one: Mapping[str, Any]) -> str:
 
 
 KEYS = ("mean", "low", "high")
-BALANCE = ("max_vio", "max_share", "starved_experts", "dead_experts", "load_entropy")
 PRICED = 1.05  # times the FLOPs: a router alone is no price
-OVER = 2.0  # MaxVio: three times an even share
 
 
-def _comparisons(content: Mapping[str, Any]) -> str:
+def _comparisons(content: Mapping[str, Any], again: Mapping[str, Any] | None) -> str:
     rows = [
         (
             one["says"],
             ", ".join(one["equal"]),
-            gain(one),
+            gained,
             _effect(one, one["smallest_effect"]),
             could_have_seen(one),
-            f"**{one['verdict']}**",
+            f"**{verdict}**",
         )
-        for one in content["comparisons"]
+        for one, verdict, gained in claims(content, again)
     ]
     header = (
         "claim",
@@ -224,15 +237,22 @@ SPEEDS = {"train_ms_per_token": "trained tokens/s", "decode_ms_per_token": "deco
 
 def _members(content: Mapping[str, Any]) -> str:
     speeds = [name for name in SPEEDS if any(name in run for run in content["runs"])]
+    most = max(Counter(run["member"] for run in content["runs"]).values())
     rows = []
     for name, cost in content["members"].items():
         runs = [run for run in content["runs"] if run["member"] == name]
-        rows.append((name, *_costs(cost), *_outcomes(runs), *(_speed(runs, s) for s in speeds)))
+        speed = (_speed(runs, s) for s in speeds)
+        rows.append((_counted(name, len(runs), most), *_costs(cost), *_outcomes(runs), *speed))
     header = (
         "member", "parameters", "active", "FFN active", "routers", "million tokens", "TFLOPs",
         "CE", "bits per byte", "memory, GB", *(SPEEDS[speed] for speed in speeds),
     )  # fmt: skip
     return table(header, rows)
+
+
+def _counted(member: str, n: int, most: int) -> str:
+    """Its name, and how many runs it has where others have more."""
+    return member if n == most else f"{member} (n = {n})"
 
 
 def _speed(runs: Sequence[Mapping[str, Any]], figure: str) -> str:
@@ -260,37 +280,9 @@ def _outcomes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return cells
 
 
-def _balance_table(content: Mapping[str, Any]) -> str:
-    """Each member's routing at the end, and when a layer first sent an expert thrice its share."""
-    rows = []
-    for name, figures in content["balance"].items():
-        runs = [run for run in content["runs"] if run["member"] == name]
-        means = [statistics.fmean(run[figure] for run in runs) for figure in BALANCE]
-        rows.append((name, *(f"{mean:.2f}" for mean in means), _first_over(figures["max_vio"])))
-    header = ("member", *(f"`{name}`" for name in BALANCE), f"first step with MaxVio over {OVER:g}")
-    note = (
-        "Routing over the validation split: the worst layer, or experts of all; means over seeds.\n"
-    )
-    return f"{note}\n{table(header, rows)}"
-
-
-def _first_over(layers: Mapping[str, Any]) -> str:
-    """Of the seeds' mean, in training."""
-    found = [
-        (step, layer)
-        for layer, band in layers.items()
-        for step, mean in zip(band["at"], band["mean"], strict=True)
-        if mean > OVER
-    ]
-    return "never" if not found else "{} (layer {})".format(*min(found))
-
-
 def _provenance(found: Found, content: Mapping[str, Any]) -> str:
     runs, commit = content["runs"], content["rule_commit"]
-    seeds, machines, torches = (
-        ", ".join(map(str, sorted({run[what] for run in runs})))
-        for what in ("seed", "machine", "torch")
-    )
+    seeds, machines, torches = (_all_of(content, what) for what in ("seed", "machine", "torch"))
     recipes = (member["recipe"]["trainer"] for member in content["members"].values())
     precisions = " and ".join(sorted({trainer["precision"] for trainer in recipes}))
     rule = f"committed as {commit[:12]}" if commit else "not committed before the runs"

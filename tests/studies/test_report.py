@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from nano_moe.studies import report, sections
+from nano_moe.studies import figures, report, sections
+from nano_moe.studies.balance_tables import BALANCE, balance_table
 from nano_moe.studies.time_tables import time_tables
 
 PLAIN = {
@@ -100,6 +101,31 @@ def test_a_verdict_that_a_second_draw_does_not_confirm_is_undecided():
     assert sections.final_verdicts(first, first) == ["reproduced", "not reproduced"]
     assert sections.final_verdicts(first, again) == ["reproduced", sections.UNDECIDED]
     assert "*undecided at this scale*: b" in sections.answer(first, again)
+
+
+def test_a_headline_that_flips_is_told_with_both_gains():
+    first = {"comparisons": [{**PLAIN, "mean": 0.1, "low": 0.08, "high": 0.12}]}
+    other = {**PLAIN, "mean": -0.01, "low": -0.03, "high": 0.01, "verdict": "not reproduced"}
+    told = sections.answer(first, {"comparisons": [other]})
+    assert told.startswith(f"Undecided at this scale: {PLAIN['says']}; gain 0.100 nats per token")
+    assert ": reproduced; a second draw: -0.010 nats per token" in told
+    assert told.endswith(": not reproduced.")
+
+
+def test_every_member_with_experts_has_its_balance_and_drops():
+    runs = [
+        {"member": "a", "dropped_share": 0.0},
+        *({"member": "b", **dict.fromkeys(BALANCE, n), "dropped_share": n / 4} for n in (1, 2)),
+    ]
+    found = balance_table({"members": {"a": {}, "b": {}}, "runs": runs})
+    assert "| b | 1.50 | 1.50 | 1.50 | 1.50 | 1.50 | 0.38 |" in found and "| a |" not in found
+    assert balance_table({"members": {"a": {}}, "runs": runs[:1]}) is None
+
+
+def test_a_line_is_named_without_what_varies_along_it():
+    assert figures._line_name("250", ["top-2 64, 250", "dense 64, 250"]) == "top-2 64"
+    assert figures._line_name("64", ["top-2 64, 250", "dense 64, 250"]) == "top-2, 250"
+    assert figures._line_name("2", "8 of 16") == "8 of 16"
 
 
 @pytest.mark.parametrize(
