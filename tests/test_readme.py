@@ -16,13 +16,16 @@ from nano_moe.evaluation import evaluate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOMS = ("nano_moe/bench", "nano_moe/model", "recipes", "recipes/clock", "recipes/schemes")
+PAGES = "".join((ROOT / room / "README.md").read_text(encoding="utf-8") for room in ROOMS)
+SCHEMES = (ROOT / "nano_moe/model/README.md").read_text(encoding="utf-8")
 TRAPS = (ROOT / "tests" / "test_traps.py").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 COMMANDS = [line for block in README.split("```")[1::2] for line in block.splitlines()]
 
 
 def test_every_make_target_it_names_exists():
-    named = set(re.findall(r"\bmake ([a-z][a-z-]+)", README))
+    named = set(re.findall(r"\bmake ([a-z][a-z-]+)", README + PAGES))
     assert {"train", "test", "setup", "tensorboard"} <= named
     assert named <= TARGETS
 
@@ -33,7 +36,7 @@ def test_every_verb_is_in_it():
 
 
 def test_every_path_it_names_exists():
-    named = re.findall(r"\b(?:recipes|tests|nano_moe|data)/[\w./-]*\w", README)
+    named = re.findall(r"\b(?:recipes|tests|nano_moe|data)/[\w./-]*\w", README + PAGES)
     assert len(named) > 20
     missing = [path for path in named if not (ROOT / path).exists()]
     assert missing == []
@@ -48,6 +51,13 @@ def test_commands_that_only_read_a_recipe_run(line):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("room", [".", *ROOMS, "recipes/studies/results"])
+def test_every_link_leads_somewhere(room):
+    for page in (ROOT / room).glob("*.md"):
+        for path in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / path).exists(), f"{page}: {path}"
+
+
 def test_the_file_tree_lists_every_room():
     rooms = [p.name for p in (ROOT / "nano_moe").iterdir() if not p.name.startswith("__")]
     for room in rooms:
@@ -55,8 +65,7 @@ def test_the_file_tree_lists_every_room():
 
 
 def test_the_table_of_schemes_names_fields_files_and_tests_that_exist():
-    table = README.split("## Schemes")[1].split("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| ")]
+    rows = [line.strip("|").split("|") for line in SCHEMES.splitlines() if line.startswith("| ")]
     assert len(rows) > 15
     fields = ModelConfig.model_fields.keys() | MoEConfig.model_fields.keys()
     for scheme, named, _, code, tests, _ in rows[1:]:

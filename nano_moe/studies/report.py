@@ -80,7 +80,7 @@ def write(folder: Path = STUDIES, readme: Path = README) -> list[Path]:
             file.write(drawn)
     document = folder / "results" / "RESULTS.md"
     write_text(document, text)
-    return [*pictures, document, *_into_readme(readme, reported)]
+    return [*pictures, document, *_into_readme(readme, readme_block(reported, unrun(folder)))]
 
 
 def document_of(reported: Sequence[Reported]) -> str:
@@ -101,7 +101,7 @@ def _section(one: Reported) -> str:
 # --- README --------------------------------------------------------------------------------------
 
 
-def _into_readme(readme: Path, reported: Sequence[Reported]) -> Iterator[Path]:
+def _into_readme(readme: Path, block: str) -> Iterator[Path]:
     if not readme.is_file():
         return
     text = readme.read_text(encoding="utf-8")
@@ -109,20 +109,30 @@ def _into_readme(readme: Path, reported: Sequence[Reported]) -> Iterator[Path]:
         raise UserError(f"{readme}: the line '{BEGIN}' or '{END}' is missing; put it back")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    write_text(readme, f"{before}{BEGIN}\n{readme_block(reported)}{END}{after}")
+    write_text(readme, f"{before}{BEGIN}\n{block}{END}{after}")
     yield readme
 
 
-def readme_block(reported: Sequence[Reported]) -> str:
-    """Each study's first claim and what was reversed of the others; the first study's figure."""
+def unrun(folder: Path = STUDIES) -> list[str]:
+    """Studies without results."""
+    return [one.name for one in everything(folder) if not one.results.is_file()]
+
+
+def readme_block(reported: Sequence[Reported], missing: Sequence[str] = ()) -> str:
+    """Each study's first claim and what was reversed of the others; the first study's figure.
+
+    And the names of studies that are missing.
+    """
     judged = [one for one in reported if "comparisons" in one.content]
     if not judged:
         return ""
     header = ("study", "claim", "verdict", "gain (95 %)", "could have seen", "other claims")
     first = judged[0].found
+    names = ", ".join(f"`{name}`" for name in missing)
+    left = f"Stated, and not run so far: {names}.\n\n" if missing else ""
     return (
         f"\n{table(header, [row for one in judged for row in _rows(one)])}\n{VOCABULARY}\n"
-        f"![{first.study.title}]({RESULTS}/{first.name}.png)\n\n"
+        f"{left}![{first.study.title}]({RESULTS}/{first.name}.png)\n\n"
     )
 
 

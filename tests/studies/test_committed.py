@@ -150,7 +150,7 @@ def test_runs_of_a_seed_saw_the_same_text(found):
 def test_readme_and_report_say_what_the_results_say():
     reported = report.finished()
     block = README.split(report.BEGIN)[1].split(report.END)[0]
-    assert block == "\n" + report.readme_block(reported)
+    assert block == "\n" + report.readme_block(reported, report.unrun())
     document = catalogue.STUDIES / "results" / "RESULTS.md"
     assert document.read_text(encoding="utf-8") == report.document_of(reported)
     for one in reported:
