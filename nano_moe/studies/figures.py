@@ -307,7 +307,7 @@ def _specialization(axes: Axes, content: Mapping[str, Any]) -> None:
     upper.set_xticks(range(len(next(iter(runs.values()))["layers"])))
     upper.set_xlabel("layer")
     upper.set_ylabel("bits about the expert,\nabove shuffled labels")
-    lower.set_xlabel("step (a line per layer, colours as above)")
+    lower.set_xlabel("step; a line per layer")
     lower.set_ylabel("choices that are final")
     _legend(upper)
 
