@@ -48,6 +48,42 @@ def test_commands_that_only_read_a_recipe_run(line):
     assert done.returncode == 0, done.stderr
 
 
+def dry(*arguments):
+    return subprocess.run(
+        ["make", "--dry-run", "--silent", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_a_target_refuses_what_it_would_drop(target):
+    for unused in ("LITGPT_PYTHON=x", "MINUTES=1"):
+        if (target, unused) not in {("bench", "LITGPT_PYTHON=x"), ("soak", "MINUTES=1")}:
+            done = dry(target, unused)
+            assert done.returncode == 2
+            assert f"make {target} does not take {unused.split('=')[0]}" in done.stderr
+    if target not in {"train", "resume", "count", "show", "prepare"}:
+        assert "does not take 'model.d_model=3'" in dry(target, "model.d_model=3").stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_make_hands_extra_arguments_to_the_verb(verb):
+    target = "reproduce" if verb == "study" else verb
+    given = {
+        "export": ["RUN=r", "OUT=o"],
+        "import": ["FROM=f"],
+        "break-even": ["DENSE=d", "SPARSE=s"],
+        "report-html": ["RUN=r", "OUT=o"],
+        **{verb: ["RUN=r"] for verb in ("resume", "eval", "sample", "explore")},
+        "compare": ["RUNS=a b"],
+    }
+    done = dry(target, *given.get(verb, []), "ARGS=--more of --these")
+    if verb in {"show", "tensorboard"}:  # have none
+        assert f"make {verb} does not take ARGS" in done.stderr
+    else:
+        assert f"-m nano_moe {verb}" in done.stdout
+        assert "--more of --these" in done.stdout
+
+
 def test_the_file_tree_lists_every_room():
     rooms = [p.name for p in (ROOT / "nano_moe").iterdir() if not p.name.startswith("__")]
     for room in rooms:
