@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -42,13 +43,61 @@ def test_every_path_it_names_exists():
     assert missing == []
 
 
-@pytest.mark.parametrize("line", [c for c in COMMANDS if re.match(r"make (count|show) ", c)])
-def test_commands_that_only_read_a_recipe_run(line):
-    arguments = line.split("#")[0].split()[1:]
-    done = subprocess.run(
+READING = [
+    given
+    for given in (shlex.split(line, comments=True) for line in COMMANDS if "make " in line)
+    if given[:1] == ["make"] and given[1] in ("count", "show", "train", "prepare")
+    if not any(word.startswith("RECIPE=checkpoints/") for word in given)
+]
+
+
+@pytest.mark.parametrize("given", READING, ids=" ".join)
+def test_recipes_of_its_commands_load_with_their_overrides(given):
+    of_make = {"RECIPE": "recipes/mixtral.yaml"}  # as in the Makefile
+    of_make |= dict(word.split("=", 1) for word in given[2:] if word.partition("=")[0].isupper())
+    fields = [word for word in given[2:] if not word.partition("=")[0].isupper()]
+    recipe_file.load_any(ROOT / of_make["RECIPE"], fields)
+
+
+def test_commands_that_load_recipes_are_found():
+    assert {given[1] for given in READING} >= {"train", "count", "show"}
+    assert "\nRECIPE = recipes/mixtral.yaml\n" in (ROOT / "Makefile").read_text()
+
+
+def dry(*arguments):
+    return subprocess.run(
         ["make", "--dry-run", "--silent", *arguments], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_a_target_refuses_what_it_would_drop(target):
+    for unused in ("LITGPT_PYTHON=x", "MINUTES=1"):
+        if (target, unused) not in {("bench", "LITGPT_PYTHON=x"), ("soak", "MINUTES=1")}:
+            done = dry(target, unused)
+            assert done.returncode == 2
+            assert f"make {target} does not take {unused.split('=')[0]}" in done.stderr
+    if target not in {"train", "resume", "count", "show", "prepare"}:
+        assert "does not take 'model.d_model=3'" in dry(target, "model.d_model=3").stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_make_hands_extra_arguments_to_the_verb(verb):
+    target = "reproduce" if verb == "study" else verb
+    given = {
+        "export": ["RUN=r", "OUT=o"],
+        "import": ["FROM=f"],
+        "break-even": ["DENSE=d", "SPARSE=s"],
+        "report-html": ["RUN=r", "OUT=o"],
+        **{verb: ["RUN=r"] for verb in ("resume", "eval", "sample", "explore")},
+        "compare": ["RUNS=a b"],
+    }
+    done = dry(target, *given.get(verb, []), "ARGS=--more of --these")
+    if verb in {"show", "tensorboard"}:  # have none
+        assert f"make {verb} does not take ARGS" in done.stderr
+    else:
+        assert f"-m nano_moe {verb}" in done.stdout
+        assert "--more of --these" in done.stdout
 
 
 @pytest.mark.parametrize("room", [".", *ROOMS, "recipes/studies/results"])
@@ -59,9 +108,11 @@ def test_every_link_leads_somewhere(room):
 
 
 def test_the_file_tree_lists_every_room():
-    rooms = [p.name for p in (ROOT / "nano_moe").iterdir() if not p.name.startswith("__")]
-    for room in rooms:
-        assert room in README, f"{room} is not in the README's tree"
+    (tree,) = [b for b in README.split("```")[1::2] if re.search(r"^ *nano_moe/", b, re.MULTILINE)]
+    for path in (ROOT / "nano_moe").iterdir():
+        room = path.name + "/" * path.is_dir()
+        if not room.startswith("__"):
+            assert re.search(rf"(?<![\w-]){re.escape(room)}", tree), f"{room} is not in the tree"
 
 
 def test_the_table_of_schemes_names_fields_files_and_tests_that_exist():

@@ -346,6 +346,15 @@ def test_settings_that_contradict_each_other_name_a_field_of_the_contradiction(c
     assert overrides[0].partition("=")[0] in fault(BASE, *overrides)
 
 
+def test_text_is_named_once_and_momentum_is_of_muon():
+    for own in ("data.files=a.txt", "data.hub.dataset=a/b"):
+        message = fault(BASE, "data.domains=[law, religion]", own)
+        assert "data.domains: " in message and "instead of law, religion" in message
+        assert load(BASE, "data.domains=[]", own).data.domains == ()
+    assert "optim.momentum: 0.9 is Muon's" in fault(BASE, "optim.momentum=0.9", "optim.name=adamw")
+    assert load(BASE, "optim.name=adamw", "optim.momentum=0.95").optim.name == "adamw"
+
+
 def test_warm_up_longer_than_the_training_is_refused():
     message = fault(BASE, "optim.warmup_steps=20")
     assert "optim.warmup_steps" in message and "trainer.steps=20" in message

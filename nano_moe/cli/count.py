@@ -174,7 +174,7 @@ def _print_sparsity(s: Sparsity, total: int) -> None:
         f"Memory not saved: a token uses {s.active_share:.1%} of the weights, but any token may "
         f"need any expert, so all {params(total)} must be held."
     )
-    if s.n_experts <= A_HANDFUL:
+    if 2 <= s.n_experts <= A_HANDFUL:
         print(
             f"{s.n_experts} experts are not {s.n_experts} models: {s.n_experts} x {one} = "
             f"{params(s.all_models_params)} would count the {outside} outside the experts "

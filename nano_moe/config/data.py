@@ -100,6 +100,13 @@ class DataConfig(Section):
         if isinstance(values.get("files"), list | tuple) and "" in values["files"]:
             raise FieldFault("files", "an empty path; name a file or folder")
         if values.get("files") or values.get("hub"):
+            named = values.get("domains")
+            if isinstance(named, list | tuple) and named and tuple(named) != DOMAINS:
+                raise FieldFault(
+                    "domains",
+                    f"data.{'files' if values.get('files') else 'hub'} is read instead of "
+                    f"{', '.join(map(str, named))}; drop one of the two (data.domains=[])",
+                )
             values["domains"] = []
         return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 

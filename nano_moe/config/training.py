@@ -48,6 +48,17 @@ class OptimConfig(Section):
         default=0.0, ge=0, le=1, description="what the rate decays towards, as a share of the peak"
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> OptimConfig:
+        default = OptimConfig.model_fields["momentum"].default
+        if self.name == "adamw" and self.momentum != default:
+            raise FieldFault(
+                "momentum",
+                f"{self.momentum} is Muon's, and name=adamw has none; set beta1, and leave this "
+                f"at {default}",
+            )
+        return self
+
 
 class TrainerConfig(Section):
     """How long, in what batches, in what precision, and how often to look."""

@@ -106,7 +106,9 @@ def run(found: Found, *, workers: int | None = None) -> Outcome:
     failed = engine.run_all(found.name, todo, workers=workers)
     if failed:
         return Outcome(None, failed)
-    content = results.collect(found.name, found.study, todo, rule_commit=rule_commit)
+    content = results.collect(
+        found.name, found.study, todo, small=found.small, rule_commit=rule_commit
+    )
     found.results.parent.mkdir(parents=True, exist_ok=True)
     write_json(found.results, content)
     if found.study.step_times or found.study.timed:

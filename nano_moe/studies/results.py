@@ -19,6 +19,7 @@ from nano_moe.bench.machine import describe_machine
 from nano_moe.config import Recipe
 from nano_moe.errors import UserError
 from nano_moe.runs import git_commit, read_json, versions
+from nano_moe.studies import tiers
 from nano_moe.studies.engine import Task, read_look, read_result
 from nano_moe.studies.plan import at, ffn_params, train_flops
 from nano_moe.studies.schema import Study, StudyFile
@@ -35,18 +36,22 @@ def collect(
     study: Study,
     done: Sequence[Task],
     *,
+    small: Study | None = None,
     rule_commit: str | None = None,
     smoke: bool = False,
 ) -> dict[str, Any]:
-    """All figures of a study whose runs are finished; `rule_commit` as it was before they began."""
+    """All figures of a study whose runs are finished; `rule_commit` as it was before they began.
+
+    `small` is the study that one of the gpu tier enlarges: the rule that was committed is its.
+    """
     found = [(task, read_result(task.job)) for task in done]
     runs = [_run(task, result) for task, result in found]
     flops = {task.planned.member: train_flops(task.planned.recipe) for task in done}
     content: dict[str, Any] = {
         "study": name,
-        "rule": study.rule,
+        "rule": (small or study).rule,
         "rule_commit": rule_commit,
-        "tier": "smoke" if smoke else "full",
+        "tier": "smoke" if smoke else "full" if small is None else tiers.GPU,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "machine": describe_machine(),

@@ -22,7 +22,7 @@ from nano_moe.footprint import peak
 from nano_moe.studies.plan import Planned, at, plan, train_flops
 from nano_moe.studies.schema import Study, Value
 
-FULL, SMOKE, GPU = "full", "smoke", "gpu"
+GPU = "gpu"
 PEAK = 312e12  # FLOP/s: an A100 in bf16 with dense matrices, by NVIDIA's data sheet
 SHARE = 0.35  # of that peak, a usual one for models this small; a guess for ours
 ASKED = {"precision"}  # what a member says of it is meant

@@ -20,6 +20,7 @@ Shapes: L sparse layers, E experts.
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ SCALARS = {
     "dropped_share": "train/dropped_share",
 }
 PER_LAYER = ("router_entropy", "load_balancing_loss", "router_z_loss", "dropped_share")
-# Dense bf16 peak in FLOP/s from the makers' data sheets, by a part of the device's name.
+# Dense bf16 peak in FLOP/s from the makers' data sheets, by whole words of the device's name.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -254,4 +255,5 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    found = (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name))
+    return next(found, None)

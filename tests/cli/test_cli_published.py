@@ -100,6 +100,8 @@ def test_count_of_a_recipe_says_the_same_of_its_experts(shop):
     assert found["outside_params"] + 4 * found["expert_params"] == counted["total_params"]
     _, out, _ = shop.run("count", "tiny.yaml")
     assert "4 experts are not 4 models" in out
+    _, out, _ = shop.run("count", "tiny.yaml", "model.moe.n_experts=1", "model.moe.top_k=1")
+    assert "outside the experts + 1 x" in out and "models" not in out
     assert shop.json("count", "tiny.yaml", "model.moe=null")["sparsity"] is None
 
 

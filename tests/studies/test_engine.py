@@ -13,7 +13,7 @@ import pytest
 
 from nano_moe import memory
 from nano_moe.errors import UserError
-from nano_moe.studies import engine, keys, plan, results, schema, worker
+from nano_moe.studies import catalogue, engine, keys, plan, results, schema, worker
 
 MEASURED = ("created", "seconds", "memory_gb", "machine")
 
@@ -284,3 +284,19 @@ def test_peak_memory_is_of_the_process_and_not_of_its_parent():
     held = bytearray(1_500_000_000)
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert memory.peak_resident() > len(held) > 2 * int(child.stdout)
+
+
+def test_results_of_the_gpu_tier_say_so_and_name_the_rule_that_was_committed(
+    todo, written, monkeypatch
+):
+    small = schema.load(path := written())
+    large = small.model_copy(update={"source": "a rule of its own"})
+    tasks = todo()
+    engine.run_here(tasks)
+    monkeypatch.setattr(catalogue, "check_names", lambda found: None)  # there is no grid here
+    monkeypatch.setattr(engine, "tasks", lambda planned: tasks)
+    monkeypatch.setattr(results, "introduced", lambda path, rule: f"commit of {rule}")
+    content = catalogue.run(catalogue.Found("study", path, large, small)).results
+    assert content["tier"] == "gpu"
+    assert content["rule"] == small.rule != large.rule
+    assert content["rule_commit"] == f"commit of {content['rule']}"

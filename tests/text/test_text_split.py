@@ -106,3 +106,15 @@ def test_kin_alone_are_still_split():
     kin = [d._replace(kin="all") for d in documents(10)]
     train, val = split_by_name(kin, 0.2)
     assert (len(train), len(val)) == (8, 2)
+
+
+def test_kin_at_the_front_wait_where_they_are_over_twice_the_share():
+    alone = documents(20)
+    (first,) = split_by_name(alone, 0.01)[1]  # stands at the front of the line
+    kin = [d._replace(name=f"copy {i}", kin=first.name) for i, d in enumerate(documents(8))]
+    line = [*kin, *(d for d in alone if d != first)]
+    train, val = split_by_name(line, 0.1)
+    assert set(kin) <= set(train)
+    assert len(val) == 3  # of 27 alike
+    train, val = split_by_name(line, 0.2)
+    assert set(kin) == set(val)

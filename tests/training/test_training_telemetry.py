@@ -15,7 +15,7 @@ from tensorboard.summary.writer import event_file_writer
 from nano_moe.accounting import count
 from nano_moe.evaluation import evaluate
 from nano_moe.runs import load_model
-from nano_moe.training import logbook, module, validation
+from nano_moe.training import logbook, module, telemetry, validation
 from nano_moe.training.alarm import Alarm
 from nano_moe.training.checkpoint import AtomicCheckpointIO
 from nano_moe.training.clock import Clock
@@ -356,3 +356,17 @@ def test_looking_often_does_not_change_the_course(workshop):
     ]
     weights = [workshop.checkpoint(run.last)["state_dict"] for run in runs]
     assert workshop.differences(*weights) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+    ],
+)
+def test_a_peak_is_of_a_device_of_that_name(monkeypatch, name, known):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert telemetry.peak_flops(torch.device("cuda")) == known
