@@ -207,7 +207,7 @@ def _save(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def _checkpoint(recipe: Recipe, model: GPT, step: int) -> dict[str, Any]:
-    """What `runs.load_model` reads: weights alone, nothing that training could go on from."""
+    """What `runs.load_model` reads: weights alone, which training begins with anew."""
     return {
         "nano_moe": {"schema": runs.SCHEMA, "recipe": recipe.model_dump()},
         "state_dict": {f"model.{key}": value for key, value in model.state_dict().items()},
