@@ -109,9 +109,7 @@ class Run:
     @property
     def is_untrained_import(self) -> bool:
         """Whether it holds imported weights alone, which nothing here has trained yet."""
-        return (
-            not self.has_begun and self.manifest_file.is_file() and "imported" in self.manifest()
-        )
+        return not self.has_begun and self.manifest_file.is_file() and "imported" in self.manifest()
 
     @property
     def weights(self) -> list[Path]:
