@@ -58,8 +58,8 @@ ARCHITECTURES = [
             demands.ALL_LAYERS_SPARSE,
         ),
     ),
-    Target("deepseek2", True, False, (SWIGLU,)),
-    Target("deepseek2", True, True, _ROUTED),
+    Target("deepseek2", True, False, (SWIGLU, demands.NOT_AS_DEEP_AS_LITE)),
+    Target("deepseek2", True, True, (*_ROUTED, demands.NOT_AS_DEEP_AS_LITE)),
 ]
 PAIRED = ("llama",)  # turn neighbouring pairs of a head's rows, not its halves
 SCALES = ("glm4moe", "deepseek2")  # multiply weights by a factor
