@@ -105,6 +105,9 @@ def test_arguments_that_make_no_sense(shop):
     assert "--quant" in shop.fault("export", "done", "--to", "hf", "out", "--quant", "f16")
     assert "--quant" in shop.fault("export", "done", "--to", "gguf", "out", "--quant", "q2")
     assert "--out" in shop.fault("eval", "done", "--out", "tasks")
+    assert "--seed: only with --tasks" in shop.fault("eval", "done", "--seed", "0")
+    policy = ("--expert-policy", "lru")
+    assert "only with --expert-budget" in shop.fault("sample", "done", *policy)
     assert "--tasks 0" in shop.fault("eval", "done", "--tasks", "0")
 
 
