@@ -113,6 +113,9 @@ def test_arguments_that_make_no_sense(shop):
 
 def test_imports_that_are_refused(shop):
     assert "nowhere: no such folder" in shop.fault("import", "nowhere")
+    assert "config.json: missing; name a folder of Hugging Face's layout" in shop.fault(
+        "import", ".", "--name", "here"
+    )
     shop.run("export", "done", "--to", "hf", "out")
     assert "exists and is not overwritten" in shop.fault("import", "out", "--name", "done")
     assert "run name '../x'" in shop.fault("import", "out", "--name", "../x")
@@ -225,4 +228,7 @@ def test_tasks_are_scored_and_written(shop):
     assert shop.json("eval", "done", "--tasks", "5", "--seed", "1") == said
     status, out, _ = shop.run("eval", "done", "--tasks", "5")
     assert status == 0 and "bits per byte" in out
-    assert "tasks" in shop.fault("eval", "done", "--tasks", "5", "--out", "tasks")
+    exists = shop.fault("eval", "done", "--tasks", "5", "--out", "tasks")
+    assert "error: tasks: exists and is not overwritten; name another" in exists
+    nowhere = shop.fault("eval", "done", "--tasks", "5", "--out", "nodir/x")
+    assert "error: nodir/x: could not be written (No such file or directory)" in nowhere
