@@ -62,10 +62,11 @@ def _config(folder: Path) -> tuple[str, Any]:
     path = folder / "config.json"
     said = _said(path)
     known = {f"{family}ForCausalLM": family for family in FAMILIES}
-    architecture = (said.get("architectures") or [None])[0]
-    if architecture not in known:
+    named = said.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else named
+    if not isinstance(architecture, str) or architecture not in known:
         raise UserError(
-            f"{path}: architectures: {architecture} is none that we can be; "
+            f"{path}: architectures: {str(architecture)[:100]} is none that we can be; "
             f"there are {', '.join(known)}"
         )
     try:
