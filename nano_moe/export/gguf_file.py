@@ -20,7 +20,7 @@ from nano_moe.config import ModelConfig, Recipe
 from nano_moe.errors import UserError
 from nano_moe.export import demands
 from nano_moe.export.demands import ANY_ROUTER, SWIGLU, Target, choose
-from nano_moe.export.fast_tokenizer import END, check_pieces, merges_of, spelt
+from nano_moe.export.pieces import END, check_pieces, merges_of, spelt
 from nano_moe.export.tensors import Tensors, check_finite, interleaved, without_training
 from nano_moe.files import creating
 from nano_moe.runs import Run
