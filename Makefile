@@ -45,7 +45,7 @@ setup: $(STAMP) ## make .venv with all that training and `make test` need
 train: $(STAMP) ## train RECIPE into checkpoints/ (NAME=… to name the run)
 	$(call takes,RECIPE NAME ARGS fields)@$(NANO) train $(call quote,$(RECIPE)) $(OVERRIDES) $(if $(call given,NAME),--name $(call quote,$(NAME))) $(call given,ARGS)
 
-resume: $(STAMP) ## go on with a stopped RUN, exactly where it was (trainer.devices=4: on other processes)
+resume: $(STAMP) ## go on with a stopped RUN, exactly where it was, or train an imported one (trainer.devices=4: on other processes)
 	$(call takes,RUN ARGS fields)$(call needs,RUN)@$(NANO) resume $(call quote,$(RUN)) $(OVERRIDES) $(call given,ARGS)
 
 eval: $(STAMP) ## score RUN on the whole validation split (ARGS=--quant-experts: in int8 and int4, too)

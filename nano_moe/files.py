@@ -108,9 +108,25 @@ def _is_at(handle: int, path: Path) -> bool:
 def creating(path: Path) -> Iterator[Path]:
     """A place beside `path` for a new file or folder, which becomes `path` at the end of the block.
 
-    Or it never existed. Raises FileExistsError where something is at `path` already, and OSError
-    when the disk refuses.
+    Or it never existed. Raises UserError where something is at `path` already, and when the disk
+    refuses.
     """
+    try:
+        with _creating(path) as place:
+            yield place
+    except FileExistsError as error:
+        raise UserError(
+            f"{path}: exists and is not overwritten; name another target, or move it away"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{path}: could not be written ({error.strerror or error}); nothing is left of it, "
+            "check the path and the disk"
+        ) from error
+
+
+@contextlib.contextmanager
+def _creating(path: Path) -> Iterator[Path]:
     _check_absent(path)
     _remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

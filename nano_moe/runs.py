@@ -107,6 +107,11 @@ class Run:
         return self.last.is_file() or self.previous.is_file()
 
     @property
+    def is_untrained_import(self) -> bool:
+        """Whether it holds imported weights alone, which nothing here has trained yet."""
+        return not self.has_begun and self.manifest_file.is_file() and "imported" in self.manifest()
+
+    @property
     def weights(self) -> list[Path]:
         """The checkpoints to take trained weights from, the first choice first."""
         return [path for path in (self.best, self.last, self.previous) if path.is_file()]
@@ -343,9 +348,11 @@ def check_recipe(run: Run, recipe: Recipe, checkpoint: dict[str, Any]) -> None:
     free = {"data": {"tokenizer_file"}, "trainer": set(LAYOUT)}
     changed = first_difference(begun.model_dump(exclude=free), recipe.model_dump(exclude=free))
     if changed is not None:
+        imported = run.is_untrained_import
+        anew = "import with this recipe" if imported else "train this recipe as a new run"
         raise UserError(
-            f"{run.recipe_file}: {changed} was changed since {run.last} was written; resume goes "
-            "on exactly as begun, so undo the change, or train this recipe as a new run"
+            f"{run.recipe_file}: {changed} was changed since {run.best if imported else run.last} "
+            f"was written; resume goes on exactly as begun, so undo the change, or {anew}"
         )
 
 

@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         const=200,
         help="instead: N passages, pairs of each kind and gaps made of the validation text (200)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="with --tasks: draws them (0)")
+    parser.add_argument("--seed", type=int, help="with --tasks: draws them (0)")
     parser.add_argument("--out", help="with --tasks: a new folder for lm-evaluation-harness")
     parser.add_argument(
         "--quant-experts",
@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     if args.tasks is None and args.out is not None:
         raise UserError("--out: only with --tasks, whose items it takes")
+    if args.tasks is None and args.seed is not None:
+        raise UserError("--seed: only with --tasks, whose items it draws")
     if args.tasks is not None and args.tasks < 1:
         raise UserError(f"--tasks {args.tasks}: ask for at least 1")
     if args.tasks is not None and args.quant_experts:
@@ -89,8 +91,8 @@ def _score_tasks(args: argparse.Namespace, model: Any, corpus: Corpus, batch_siz
     from nano_moe.tasks.items import make_tasks
     from nano_moe.tasks.score import score
 
-    context = model.config.context
-    tasks = make_tasks(corpus, context=context, seed=args.seed, n=args.tasks)
+    context, seed = model.config.context, args.seed or 0
+    tasks = make_tasks(corpus, context=context, seed=seed, n=args.tasks)
     if args.out is not None:
         names = write_tasks(Path(args.out), tasks)
         print(f"{args.out}: {', '.join(names)}", file=sys.stderr)
@@ -106,7 +108,7 @@ def _score_tasks(args: argparse.Namespace, model: Any, corpus: Corpus, batch_siz
         for name, digits in (("accuracy", 3), ("perplexity", 2)):
             value = figure(scored["cloze"][name], digits)
             rows.append((f"cloze: {name}", value, f"{scored['cloze']['n']:,}"))
-    print_table(f"tasks of the validation text (seed {args.seed})", ("", "value", "items"), rows)
+    print_table(f"tasks of the validation text (seed {seed})", ("", "value", "items"), rows)
 
 
 def _score_quantized(args: argparse.Namespace, model: Any, corpus: Corpus, batch_size: int) -> None:

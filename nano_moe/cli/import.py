@@ -1,4 +1,4 @@
-"""`import DIR`: a Hugging Face folder as a run that can be evaluated and sampled from."""
+"""`import DIR`: a Hugging Face folder as a run, to evaluate, sample from and train on."""
 
 from __future__ import annotations
 
@@ -40,4 +40,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"run": name, "path": str(made.path), "architecture": source.family})
         return
-    print(f"{made.path}: {source.family}, from {folder}; score it with: make eval RUN={name}")
+    print(
+        f"{made.path}: {source.family}, from {folder}; score it with: make eval RUN={name}, "
+        f"train it on with: make resume RUN={name}"
+    )

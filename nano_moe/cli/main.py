@@ -16,7 +16,7 @@ from nano_moe.errors import TRACEBACK, SaidElsewhere, UserError
 
 VERBS = {
     "train": "train a recipe into a new run folder",
-    "resume": "go on with a stopped run, exactly where it was",
+    "resume": "go on with a stopped run, exactly where it was, or train imported weights",
     "eval": "score a run on the whole validation split",
     "sample": "continue a prompt with a trained run",
     "compare": "runs side by side at equal tokens, FLOPs and seconds",
@@ -28,7 +28,7 @@ VERBS = {
     "count": "parameters, FLOPs and bytes of a recipe or a published model",
     "show": "the resolved recipe, after base and overrides",
     "export": "a run as a Hugging Face folder or a GGUF file",
-    "import": "a Hugging Face folder as a run",
+    "import": "a Hugging Face folder as a run, to score or to train on",
     "prepare": "read, split and tokenize a recipe's text",
     "bench": "time layers, steps, other libraries, the optimizer, the input or the explorer here",
 }

@@ -1,13 +1,18 @@
-"""`resume RUN`: go on from the newest whole checkpoint, bit for bit as if never stopped."""
+"""`resume RUN`: go on from the newest whole checkpoint, bit for bit as if never stopped.
+
+A run of imported weights begins with them, at step 0.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 from nano_moe import accounting, runs
 from nano_moe.cli.arguments import add_json, add_run
 from nano_moe.cli.finish import finish
 from nano_moe.cli.output import print_count
+from nano_moe.config import Recipe
 from nano_moe.errors import UserError
 from nano_moe.launch import own_rank
 
@@ -26,19 +31,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     found = runs.find(args.run)
     recipe = found.recipe(args.overrides)
-    if not found.has_begun and "imported" in found.manifest():
-        raise UserError(
-            f"{found.path}: imported weights come without the optimizer's state; score or sample "
-            "them, or start a sparse run from a dense one with model.moe.init_from"
-        )
-    step = int(runs.newest(found).content["global_step"])
-    if step >= recipe.trainer.steps:
-        raise UserError(
-            f"{found.path}: finished at step {step}; nothing to resume, "
-            f"score it with: make eval RUN={found.name}"
-        )
+    imported = found.is_untrained_import
+    _check_text(found) if imported else _check_unfinished(found, recipe)
     if own_rank(recipe) == 0:
         print_count(str(found.recipe_file), accounting.count(recipe), to_stderr=args.json)
+        if imported:
+            print(
+                f"{found.path}: imported weights; training begins at step 0, with a fresh "
+                "optimizer and warm-up",
+                file=sys.stderr,
+            )
     from nano_moe.text.store import prepare
     from nano_moe.training.fit import fit
     from nano_moe.training.processes import started
@@ -49,3 +51,20 @@ def run(args: argparse.Namespace) -> int:
         corpus = job.first(lambda: prepare(recipe.data, model.vocab_size, model.context))
         result = fit(found, recipe, corpus, resume=True)
     return finish(found, recipe, corpus, result, as_json=args.json) if job.leads else 0
+
+
+def _check_text(found: runs.Run) -> None:
+    if "corpus" not in found.manifest():
+        raise UserError(
+            f"{found.manifest_file}: names no corpus, so the imported weights have no text to be "
+            "trained on; import them with a recipe that has, such as --recipe recipes/base.yaml"
+        )
+
+
+def _check_unfinished(found: runs.Run, recipe: Recipe) -> None:
+    step = int(runs.newest(found).content["global_step"])
+    if step >= recipe.trainer.steps:
+        raise UserError(
+            f"{found.path}: finished at step {step}; nothing to resume, "
+            f"score it with: make eval RUN={found.name}"
+        )

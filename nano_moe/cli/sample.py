@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nano_moe import runs
 from nano_moe.cli.arguments import add_json, add_run
 from nano_moe.cli.output import print_json
+from nano_moe.errors import UserError
 from nano_moe.runs import Run
 
 if TYPE_CHECKING:
@@ -32,13 +33,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--expert-budget", metavar="SIZE", help="leave experts on disk but for 25%% or 64MB of them"
     )
     parser.add_argument(
-        "--expert-policy", choices=("lru", "lfu"), default="lru", help="which expert makes room"
+        "--expert-policy",
+        choices=("lru", "lfu"),
+        help="with --expert-budget: which expert makes room (lru)",
     )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     found = runs.find(args.run)
+    if args.expert_policy is not None and args.expert_budget is None:
+        raise UserError("--expert-policy: only with --expert-budget, which leaves experts on disk")
     from nano_moe.inference.generate import check_sampling, generate_all
     from nano_moe.text.tokenizer import Tokenizer, check_fits
 
@@ -78,7 +83,8 @@ def _load(run: Run, args: argparse.Namespace) -> tuple[GPT, int, ExpertStore | N
         return model, step, None
     from nano_moe.inference.offload import load_offloaded
 
-    _, model, step, store = load_offloaded(run, args.expert_budget, policy=args.expert_policy)
+    policy = args.expert_policy or "lru"
+    _, model, step, store = load_offloaded(run, args.expert_budget, policy=policy)
     return model, step, store
 
 

@@ -11,10 +11,14 @@ from nano_moe.errors import UserError
 
 
 class Demand(NamedTuple):
-    """A property of a recipe, and the fields (dotted, under `model`) that give it."""
+    """A property of a recipe, the fields (dotted, under `model`) that give it, and why it is asked.
+
+    The reason is said where the fields alone would not tell it.
+    """
 
     met: Callable[[ModelConfig], bool]
     change: Callable[[ModelConfig], dict[str, Any]]
+    reason: str | None = None
 
 
 class Target(NamedTuple):
@@ -55,9 +59,10 @@ def choose(targets: Sequence[Target], config: ModelConfig, what: str) -> Target:
     fields = fields_of(config)
     has = ", ".join(f"model.{name}={_said(fields[name])}" for name in wanted)
     sets = " ".join(f"model.{name}={_said(value)}" for name, value in wanted.items())
+    reasons = [f"; {d.reason}" for d in nearest.demands if d.reason and not d.met(config)]
     raise UserError(
         f"{has}: no {what} computes this together with the rest of the recipe; the nearest recipe "
-        f"that one does ({nearest.name}) is trained with {sets}"
+        f"that one does ({nearest.name}) is trained with {sets}{''.join(reasons)}"
     )
 
 
@@ -99,6 +104,11 @@ HEADS_FILL_WIDTH = Demand(
 HEADS_DIVIDE_WIDTH = Demand(
     lambda c: c.d_model % c.n_heads == 0,
     lambda c: {"d_model": -(-c.d_model // c.n_heads) * c.n_heads},
+)
+NOT_AS_DEEP_AS_LITE = Demand(
+    lambda c: c.mla is None or c.mla.q_lora_rank is None or c.n_layers not in (26, 27),
+    lambda c: {"n_layers": 25 if c.n_layers == 26 else 28},
+    "llama.cpp takes 26 or 27 layers for DeepSeek-V2-Lite, which has no q_lora_rank",
 )
 EPSILON = _field("norm_eps", 1e-6)
 TOKENS_CHOOSE = _field("moe.routing", "token_choice")

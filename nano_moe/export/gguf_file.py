@@ -20,9 +20,9 @@ from nano_moe.config import ModelConfig, Recipe
 from nano_moe.errors import UserError
 from nano_moe.export import demands
 from nano_moe.export.demands import ANY_ROUTER, SWIGLU, Target, choose
-from nano_moe.export.fast_tokenizer import END, check_pieces, merges_of, spelt
-from nano_moe.export.hugging_face import creating_export
-from nano_moe.export.tensors import Tensors, interleaved, without_training
+from nano_moe.export.pieces import END, check_pieces, merges_of, spelt
+from nano_moe.export.tensors import Tensors, check_finite, interleaved, without_training
+from nano_moe.files import creating
 from nano_moe.runs import Run
 from nano_moe.text.tokenizer import Tokenizer, check_fits
 
@@ -58,8 +58,8 @@ ARCHITECTURES = [
             demands.ALL_LAYERS_SPARSE,
         ),
     ),
-    Target("deepseek2", True, False, (SWIGLU,)),
-    Target("deepseek2", True, True, _ROUTED),
+    Target("deepseek2", True, False, (SWIGLU, demands.NOT_AS_DEEP_AS_LITE)),
+    Target("deepseek2", True, True, (*_ROUTED, demands.NOT_AS_DEEP_AS_LITE)),
 ]
 PAIRED = ("llama",)  # turn neighbouring pairs of a head's rows, not its halves
 SCALES = ("glm4moe", "deepseek2")  # multiply weights by a factor
@@ -99,8 +99,9 @@ def export(run: Run, target: Path, quant: str) -> Result:
     arch = architecture_of(recipe.model)
     if quant.startswith(EXPERTS_ALONE):
         check_experts(recipe.model)
-    with creating_export(target) as path:
+    with creating(target) as path:
         _, model, step = runs.load_model(run)
+        check_finite(model.state_dict(), run.path)
         tokenizer = Tokenizer.load(run.tokenizer_file)
         check_fits(tokenizer, recipe.model.vocab_size)
         check_tokenizer(tokenizer)

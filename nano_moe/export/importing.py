@@ -19,9 +19,9 @@ from nano_moe.errors import UserError
 from nano_moe.export import fast_tokenizer
 from nano_moe.export.configs import UNSEEN, fault_of, first_difference, model_of_config
 from nano_moe.export.families import FAMILIES, config_of
-from nano_moe.export.hugging_face import PROVENANCE, SCHEMA, creating_export, load, quiet
+from nano_moe.export.hugging_face import PROVENANCE, SCHEMA, load, quiet
 from nano_moe.export.weights import state_of, traits_of
-from nano_moe.files import make_folder, replacing, write_text
+from nano_moe.files import creating, make_folder, replacing, write_text
 from nano_moe.model.gpt import GPT
 from nano_moe.runs import Run
 from nano_moe.text.store import Corpus
@@ -40,16 +40,33 @@ class Source(NamedTuple):
     provenance: dict[str, Any] | None  # what an export of ours says of its run
 
 
+def _said(path: Path) -> dict[str, Any]:
+    """What a folder's JSON file says, name by name; raises UserError."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing; name a folder of Hugging Face's layout, with config.json and "
+            "*.safetensors"
+        ) from None
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        raise UserError(f"{path}: not JSON with named fields; it is damaged, fetch it again")
+    return said
+
+
 def _config(folder: Path) -> tuple[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one that holds a config.json")
     path = folder / "config.json"
-    said = runs.read_json(path)
+    said = _said(path)
     known = {f"{family}ForCausalLM": family for family in FAMILIES}
-    architecture = (said.get("architectures") or [None])[0]
-    if architecture not in known:
+    named = said.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else named
+    if not isinstance(architecture, str) or architecture not in known:
         raise UserError(
-            f"{path}: architectures: {architecture} is none that we can be; "
+            f"{path}: architectures: {str(architecture)[:100]} is none that we can be; "
             f"there are {', '.join(known)}"
         )
     try:
@@ -88,7 +105,7 @@ def _provenance(folder: Path) -> dict[str, Any] | None:
     path = folder / PROVENANCE
     if not path.is_file():
         return None
-    said = runs.read_json(path)
+    said = _said(path)
     if not isinstance(said.get("schema"), int) or said["schema"] > SCHEMA:
         raise UserError(f"{path}: schema {said.get('schema')}, this version reads {SCHEMA}")
     try:
@@ -207,7 +224,7 @@ def _save(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def _checkpoint(recipe: Recipe, model: GPT, step: int) -> dict[str, Any]:
-    """What `runs.load_model` reads: weights alone, nothing that training could go on from."""
+    """What `runs.load_model` reads: weights alone, which training begins with anew."""
     return {
         "nano_moe": {"schema": runs.SCHEMA, "recipe": recipe.model_dump()},
         "state_dict": {f"model.{key}": value for key, value in model.state_dict().items()},
@@ -259,7 +276,7 @@ def import_run(
     target = Run(runs.ROOT / name)
     data = _data(source, recipe.data, target.tokenizer_file)
     recipe = recipe.model_copy(update={"data": data})
-    with creating_export(target.path) as path:
+    with creating(target.path) as path:
         path.mkdir()
         run = Run(path)
         write_text(run.recipe_file, recipe_file.dump(recipe))

@@ -6,12 +6,14 @@ Shapes: R rotated width of a head.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nano_moe.config import ModelConfig
+from nano_moe.errors import UserError
 
 Tensors = Mapping[str, Tensor]
 
@@ -118,6 +120,17 @@ def interleaved(width: int, turned: int, n_heads: int = 1) -> Tensor:
 
 def _inside(ours: str, theirs: str, rules: list[Rule]) -> list[Rule]:
     return [Rule(ours + r.ours, tuple(theirs + name for name in r.theirs), r.order) for r in rules]
+
+
+def check_finite(tensors: Tensors, where: Path) -> None:
+    """Raises UserError where a weight is NaN or infinite; `where` is the run that they are of."""
+    for name, tensor in tensors.items():
+        spoilt = int((~tensor.isfinite()).sum())
+        if spoilt:
+            raise UserError(
+                f"{where}: {name}: {spoilt:,} of {tensor.numel():,} numbers are not finite, so it "
+                "computes nothing; export another run, or train this recipe anew"
+            )
 
 
 def without_training(

@@ -33,7 +33,7 @@ CLOZE = {
 
 
 def write_tasks(folder: Path, tasks: Tasks) -> list[str]:
-    """A new folder for `lm_eval --include_path`; the tasks' names. Raises OSError.
+    """A new folder for `lm_eval --include_path`; the tasks' names. Raises UserError.
 
     The descriptions name the folder's place, so it must stay there.
     """

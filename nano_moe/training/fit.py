@@ -1,4 +1,4 @@
-"""Train a recipe into a run folder, or go on where its last.ckpt stands."""
+"""Train a recipe into a run folder, or go on where its last.ckpt or imported weights stand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ from nano_moe.evaluation import Evaluation
 from nano_moe.files import remove_torn
 from nano_moe.footprint import peak
 from nano_moe.memory import keep_freed_memory, return_freed_memory
-from nano_moe.runs import Run, check_corpus, check_recipe, describe, newest, training, write_json
+from nano_moe.runs import (
+    Run,
+    check_corpus,
+    check_recipe,
+    describe,
+    newest,
+    read_checkpoint,
+    training,
+    write_json,
+)
 from nano_moe.text.store import Corpus
 from nano_moe.training.alarm import Alarm
 from nano_moe.training.checkpoint import AtomicCheckpointIO, SaveLast
@@ -65,8 +74,8 @@ def fit(
 ) -> Result:
     """Train to the recipe's last step; raises UserError on bad input and on non-finite loss.
 
-    And where another process trains this run. `watchers` are called after all callbacks of the
-    training's own.
+    And where another process trains this run. To `resume` a run of imported weights alone is to
+    train these from step 0. `watchers` are called after all callbacks of the training's own.
     """
     with training(run) if ranks.leads() else nullcontext():
         return _fit(run, recipe, corpus, resume, progress, watchers)
@@ -103,7 +112,7 @@ def _fit(
     # A resumed run's state comes from its checkpoint.
     torch.manual_seed(recipe.seed + ranks.rank())
     module = Decoder(recipe)
-    if not resume:
+    if source is None:
         warm_start(module.model, recipe, run)
     if recipe.trainer.compile:
         check_compiler(device)
@@ -132,9 +141,13 @@ def prepare_run(
 ) -> tuple[str | None, int | None]:
     """Write what describes a new run, or check what is resumed.
 
-    Its checkpoint and step, None for a new run.
+    Its checkpoint and step, None for a new run and for imported weights that begin as one.
     """
-    if resume:
+    if resume and run.is_untrained_import:
+        check_corpus(run, corpus)
+        check_recipe(run, recipe, read_checkpoint(run.best))
+        imported = {"imported": run.manifest()["imported"]}
+    elif resume:
         check_corpus(run, corpus)
         if ranks.leads():
             remove_torn(run.path)
@@ -143,11 +156,12 @@ def prepare_run(
         if warning is not None and ranks.leads():
             log.warning(warning)
         return str(path), int(checkpoint["global_step"])
-    if not ranks.leads():
-        return None, None
-    corpus.tokenizer.save(run.tokenizer_file)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    write_json(run.manifest_file, describe(recipe, corpus=corpus, device=name))
+    else:
+        imported = {}
+    if ranks.leads():
+        corpus.tokenizer.save(run.tokenizer_file)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        write_json(run.manifest_file, describe(recipe, corpus=corpus, device=name) | imported)
     return None, None
 
 

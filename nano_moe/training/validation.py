@@ -38,10 +38,11 @@ class Validation(StepCallback):
         self.best_ce = state_dict["best_ce"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Weights of another run are scored before they move, once."""
+        """Imported weights and those of another run are scored before they move, once."""
         moe = pl_module.recipe.model.moe
         begins = trainer.global_step == 0 and self.best_ce == math.inf
-        if begins and moe is not None and moe.init_from is not None:
+        upcycled = moe is not None and moe.init_from is not None
+        if begins and (upcycled or self.run.is_untrained_import):
             with self.clock.paused():
                 self._validate(trainer, pl_module)
 

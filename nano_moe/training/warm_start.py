@@ -1,4 +1,4 @@
-"""Start a sparse run from a dense one's weights (`model.moe.init_from`)."""
+"""Start from weights: imported ones, or a dense run's for a sparse one (`model.moe.init_from`)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ FIELD = "model.moe.init_from"
 
 
 def warm_start(model: GPT, recipe: Recipe, run: Run) -> None:
-    """Fill `model` from the dense run that the recipe names, if it names one; raises UserError.
+    """Fill `model` from weights that `run` imported, or from the dense run that the recipe names.
 
-    The dense run must have the recipe's shape, but for its `moe` block, and `run`'s vocabulary.
-    What was taken, and what it had cost, goes into `run`'s manifest.
+    Raises UserError. The dense run must have the recipe's shape, but for its `moe` block, and
+    `run`'s vocabulary. What was taken of it, and what it had cost, goes into `run`'s manifest.
     """
+    if run.is_untrained_import:
+        imported = load_model(run)[1]
+        _check_finite(imported, f"{run.best}: its weights", "import others")
+        model.load_state_dict(imported.state_dict())
+        return
     source = source_of(recipe)
     if source is None:
         return
     dense_recipe, dense, step = load_model(source)
     _check_fits(source, run, dense_recipe, recipe)
-    if not all(weight.isfinite().all() for weight in dense.parameters()):
-        raise UserError(f"{FIELD}: weights of {source.path} are not finite; name another run")
+    _check_finite(dense, f"{FIELD}: weights of {source.path}", "name another run")
     if source.manifest().get("corpus", {}).get("sha256") != run.manifest()["corpus"]["sha256"]:
         log.warning(f"{FIELD}: {source.path} may have been trained on what is validation text here")
     if dense_recipe.seed == recipe.seed:
@@ -40,6 +44,11 @@ def warm_start(model: GPT, recipe: Recipe, run: Run) -> None:
     spent["flops"] = tokens * count(dense_recipe).train_flops_per_token
     if ranks.leads():
         write_json(run.manifest_file, run.manifest() | {"init_from": spent})
+
+
+def _check_finite(model: GPT, what: str, remedy: str) -> None:
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"{what} are not finite; {remedy}")
 
 
 def _check_fits(source: Run, run: Run, dense: Recipe, recipe: Recipe) -> None:

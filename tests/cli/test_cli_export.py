@@ -1,6 +1,10 @@
 """`export`, `import` and `eval --tasks` on a trained run: what they make, and what they refuse."""
 
+import csv
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,8 @@ import torch
 from test_cli_faults import on_a_full_disk
 
 from nano_moe.cli.main import main
+from nano_moe.runs import Run
+from nano_moe.training.module import Decoder
 
 
 def test_a_run_goes_out_and_comes_back(shop):
@@ -34,7 +40,7 @@ def test_what_is_printed(shop):
     assert status == 0 and "MixtralForCausalLM, weights of step 6" in out
     assert "logits differ from ours by" in out
     status, out, _ = shop.run("import", "out")
-    assert status == 0 and "make eval RUN=out" in out
+    assert status == 0 and "make eval RUN=out" in out and "make resume RUN=out" in out
 
 
 TO = (("hf", "out"), ("gguf", "out.gguf"))
@@ -99,11 +105,17 @@ def test_arguments_that_make_no_sense(shop):
     assert "--quant" in shop.fault("export", "done", "--to", "hf", "out", "--quant", "f16")
     assert "--quant" in shop.fault("export", "done", "--to", "gguf", "out", "--quant", "q2")
     assert "--out" in shop.fault("eval", "done", "--out", "tasks")
+    assert "--seed: only with --tasks" in shop.fault("eval", "done", "--seed", "0")
+    policy = ("--expert-policy", "lru")
+    assert "only with --expert-budget" in shop.fault("sample", "done", *policy)
     assert "--tasks 0" in shop.fault("eval", "done", "--tasks", "0")
 
 
 def test_imports_that_are_refused(shop):
     assert "nowhere: no such folder" in shop.fault("import", "nowhere")
+    assert "config.json: missing; name a folder of Hugging Face's layout" in shop.fault(
+        "import", ".", "--name", "here"
+    )
     shop.run("export", "done", "--to", "hf", "out")
     assert "exists and is not overwritten" in shop.fault("import", "out", "--name", "done")
     assert "run name '../x'" in shop.fault("import", "out", "--name", "../x")
@@ -114,11 +126,83 @@ def test_imports_that_are_refused(shop):
     assert shop.json("eval", "out")["ce"] == shop.json("eval", "done")["ce"]
 
 
-def test_imported_weights_are_no_training_to_go_on_with(shop):
+def imported(shop) -> Run:
+    """The run `out`, of the exported weights of `done`."""
     shop.run("export", "done", "--to", "hf", "out")
-    shop.run("import", "out")
-    assert "without the optimizer's state" in shop.fault("resume", "out")
+    assert shop.run("import", "out")[0] == 0
+    return Run(Path("checkpoints/out"))
+
+
+def scores(run: Run) -> list[tuple[int, float]]:
+    with open(run.metrics_file) as file:
+        rows = [row for row in csv.DictReader(file) if row["val/ce"]]
+    return [(int(row["step"]), float(row["val/ce"])) for row in rows]
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """SIGTERM in the step after."""
+    original = Decoder.training_step
+
+    def training_step(decoder, *arguments):
+        if decoder.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(decoder, *arguments)
+
+    monkeypatch.setattr(Decoder, "training_step", training_step)
+
+
+def test_imported_weights_are_trained_on_and_stop_and_resume_like_any(shop, monkeypatch):
+    whole, before = imported(shop), shop.json("eval", "out")["ce"]
     assert "metrics.csv" in shop.fault("compare", "done", "out")
+    shutil.copytree(whole.path, "checkpoints/broken")
+    status, out, err = shop.run("resume", "out")
+    assert status == 0 and "imported weights; training begins at step 0" in err
+    found = scores(whole)
+    assert [step for step, _ in found] == [0, 2, 4, 6]
+    assert found[0][1] == pytest.approx(before, abs=1e-6)
+    assert f"{found[-1][1]:.4f} nats" in out
+    assert shop.json("eval", "out")["ce"] == pytest.approx(min(ce for _, ce in found), abs=1e-6)
+    assert whole.manifest()["imported"]["run"] == "done"
+    assert "finished at step 6" in shop.fault("resume", "out")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert shop.run("resume", "broken")[0] == 128 + signal.SIGTERM
+    status, _, err = shop.run("resume", "broken")
+    assert status == 0 and "imported" not in err
+    assert scores(Run(Path("checkpoints/broken"))) == found
+    for name in ("last.ckpt", "best.ckpt"):
+        one, other = (
+            torch.load(f"checkpoints/{run}/{name}", weights_only=True)["state_dict"]
+            for run in ("out", "broken")
+        )
+        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def test_training_that_makes_imported_weights_worse_keeps_them_as_the_best(shop):
+    shop.run("export", "done", "--to", "hf", "out")
+    shop.edit("tiny.yaml", "lr: 0.01", "lr: 3.0")
+    shop.run("import", "out", "--recipe", "tiny.yaml")
+    before = shop.json("eval", "out")
+    assert shop.run("resume", "out")[0] == 0
+    found = scores(Run(Path("checkpoints/out")))
+    assert min(found[1:], key=lambda row: row[1])[1] > found[0][1]
+    assert shop.json("eval", "out") == before
+    assert torch.load("checkpoints/out/best.ckpt", weights_only=True)["global_step"] == 0
+
+
+def test_imported_weights_that_cannot_be_trained_on(shop):
+    run = imported(shop)
+    assert "trainer.steps was changed since checkpoints/out/best.ckpt" in shop.fault(
+        "resume", "out", "trainer.steps=9"
+    )
+    manifest = run.manifest()
+    Path("text.txt").write_text("quite another text\n" * 40)
+    assert "text or vocabulary differ" in shop.fault("resume", "out")
+    Path("text.txt").unlink()
+    assert "text.txt" in shop.fault("resume", "out")
+    del manifest["corpus"]
+    run.manifest_file.write_text(json.dumps(manifest))
+    assert "no text to be trained on" in shop.fault("resume", "out")
 
 
 def test_a_sparse_run_starts_from_an_imported_dense_one(shop):
@@ -144,4 +228,7 @@ def test_tasks_are_scored_and_written(shop):
     assert shop.json("eval", "done", "--tasks", "5", "--seed", "1") == said
     status, out, _ = shop.run("eval", "done", "--tasks", "5")
     assert status == 0 and "bits per byte" in out
-    assert "tasks" in shop.fault("eval", "done", "--tasks", "5", "--out", "tasks")
+    exists = shop.fault("eval", "done", "--tasks", "5", "--out", "tasks")
+    assert "error: tasks: exists and is not overwritten; name another" in exists
+    nowhere = shop.fault("eval", "done", "--tasks", "5", "--out", "nodir/x")
+    assert "error: nodir/x: could not be written (No such file or directory)" in nowhere

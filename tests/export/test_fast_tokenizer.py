@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from nano_moe.errors import UserError
-from nano_moe.export.fast_tokenizer import END, UNKNOWN_NAME, fast_tokenizer, merges_of, read
+from nano_moe.export.fast_tokenizer import UNKNOWN_NAME, fast_tokenizer, read
+from nano_moe.export.pieces import END, merges_of
 from nano_moe.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
 NASTY = [

@@ -178,6 +178,22 @@ def test_a_trained_model_has_the_same_perplexity_in_llama_cpp(tmp_path, monkeypa
         assert theirs == pytest.approx(ours, abs=allowed)
 
 
+@pytest.mark.parametrize("case", ["latent, dense", "latent, sigmoid"])
+def test_depths_that_llama_cpp_takes_for_another_model_are_refused(case):
+    """Queries of a latent it does not look for there."""
+    config = config_of_case(case)
+    for rank, depths in ((None, ()), (10, (26, 27))):
+        mla = config.mla.model_copy(update={"q_lora_rank": rank})
+        for n_layers in (25, 26, 27, 28):
+            deep = config.model_copy(update={"mla": mla, "n_layers": n_layers})
+            if n_layers not in depths:
+                assert architecture_of(deep) == "deepseek2"
+                continue
+            with pytest.raises(UserError, match=f"model.n_layers={n_layers}: .*V2-Lite") as no:
+                architecture_of(deep)
+            assert "\n" not in str(no.value)
+
+
 def test_vectors_and_routers_are_never_quantized():
     quants = GGMLQuantizationType
     assert storage("blk.0.attn_norm.weight", (64,), "q4_0") == quants.F32

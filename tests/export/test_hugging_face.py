@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nano_moe.errors import UserError
-from nano_moe.export import hugging_face
+from nano_moe.export import gguf_file, hugging_face
 from nano_moe.export.hugging_face import export, loading_options
 from nano_moe.inference.generate import generate
 from nano_moe.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -149,6 +150,31 @@ def test_an_export_that_computes_otherwise_never_appears(run_of, tmp_path, monke
     with pytest.raises(RuntimeError, match="logits differ"):
         export(run, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("to", [export, partial(gguf_file.export, quant="f32")], ids=["hf", "gguf"])
+def test_weights_that_are_not_finite_are_refused_by_name(run_of, tmp_path, to, number):
+    run, _ = run_of(config_of_case("sparse"))
+    checkpoint = torch.load(run.best, weights_only=True)
+    checkpoint["state_dict"]["model.blocks.1.ffn.experts.down"][3, 2, 1] = number
+    torch.save(checkpoint, run.best)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"run: blocks\.1\.ffn\.experts\.down: 1 of 4,608 numbers"):
+        to(run, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_logits_that_are_no_numbers_are_a_difference(run_of, tmp_path, monkeypatch):
+    right = hugging_face.weights_of
+
+    def spoilt(*arguments):
+        return {name: tensor * torch.nan for name, tensor in right(*arguments).items()}
+
+    run, _ = run_of(config_of_case("dense"))
+    monkeypatch.setattr(hugging_face, "weights_of", spoilt)
+    with pytest.raises(RuntimeError, match="logits differ"):
+        export(run, tmp_path / "out")
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda p: p.symlink_to("nowhere")])

@@ -1,6 +1,8 @@
 """Experts in 8 and 4 bits: the formats by brute force, and the same numbers as in the file."""
 
 import struct
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -25,6 +27,13 @@ def whole_blocks(case):
     config = config_of_case(case)
     moe = config.moe.model_copy(update={"d_expert": 32})
     return config.model_copy(update={"moe": moe})
+
+
+def test_they_need_the_package_gguf_alone():
+    blocked = "import sys; sys.modules['transformers'] = sys.modules['tokenizers'] = None"
+    code = f"{blocked}; import nano_moe.export.quantized, nano_moe.export.gguf_file"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def half(number: float) -> float:

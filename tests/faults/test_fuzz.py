@@ -300,6 +300,34 @@ def test_saved_tokenizers(here, ledger, kind, value, at, cut):
         refusal_of(Tokenizer.load, Path("t.json"))
 
 
+# --- configs of Hugging Face ---------------------------------------------------------------------
+
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
+    "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 16, "vocab_size": 264,
+    "num_attention_heads": 2, "num_hidden_layers": 2, "num_key_value_heads": 2,
+    "num_experts_per_tok": 2, "num_local_experts": 4, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": None,
+    "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "float32",
+}  # fmt: skip
+NESTED = st.lists(PLAIN, min_size=1, max_size=2) | st.dictionaries(st.text(max_size=4), PLAIN)
+
+
+@pytest.mark.filterwarnings("ignore")
+@fuzz(100, 1000)
+@given(
+    st.dictionaries(st.sampled_from(list(MIXTRAL)), PLAIN | NESTED, max_size=3),
+    st.dictionaries(st.text(max_size=8), PLAIN, max_size=1),
+)
+def test_configs_to_import(here, ledger, changed, more):
+    """Without weights beside it, any is refused; what it says of them is looked at before."""
+    pytest.importorskip("transformers")
+    Path("imported").mkdir(exist_ok=True)
+    Path("imported/config.json").write_text(json.dumps(MIXTRAL | changed | more))
+    with ledger.attempt("fuzz: configs to import"), WATCH.within():
+        assert not ends_well("import", "imported", "--recipe", "tiny.yaml")
+
+
 # --- checkpoints and safetensors -----------------------------------------------------------------
 
 

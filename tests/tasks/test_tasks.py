@@ -8,14 +8,16 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from nano_moe.config import ModelConfig
+from nano_moe import recipe_file, runs
 from nano_moe.errors import UserError
 from nano_moe.evaluation import evaluate
 from nano_moe.model.gpt import GPT
+from nano_moe.runs import Run
 from nano_moe.tasks.harness import write_tasks
 from nano_moe.tasks.items import FAULTS, OTHERS, documents, make_tasks
 from nano_moe.tasks.score import score
@@ -162,8 +164,8 @@ HARNESS = pytest.mark.skipif(
 
 
 @HARNESS
-def test_the_harness_computes_the_same_on_the_exported_model(
-    model, stories, tasks, tmp_path, monkeypatch
+def test_the_harness_computes_the_same_on_the_exported_folder(
+    model, stories, tasks, recipe_of, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -174,8 +176,13 @@ def test_the_harness_computes_the_same_on_the_exported_model(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    from nano_moe.export.hugging_face import export, loading_options
+
     names = write_tasks(tmp_path / "tasks", tasks)
-    lm = HFLM(**exported(model, stories), device="cpu", batch_size=4, add_bos_token=False)
+    run, folder = run_of(model, stories, recipe_of, tmp_path / "run"), tmp_path / "out"
+    export(run, folder)
+    options = loading_options(model.config) | {"dtype": "float32", "add_bos_token": False}
+    lm = HFLM(pretrained=str(folder), device="cpu", batch_size=4, **options)
     manager = TaskManager(include_path=[str(tmp_path / "tasks")], include_defaults=False)
     found = simple_evaluate(model=lm, tasks=names, task_manager=manager, bootstrap_iters=0)
     theirs = {name: found["results"][name] for name in names}
@@ -188,14 +195,13 @@ def test_the_harness_computes_the_same_on_the_exported_model(
     assert ours["cloze"]["perplexity"] == pytest.approx(perplexity, rel=1e-4)
 
 
-def exported(model: GPT, stories) -> dict:
-    """The model and tokenizer as Hugging Face's, in memory."""
-    from nano_moe.export.families import family_of, model_of
-    from nano_moe.export.fast_tokenizer import fast_tokenizer
-    from nano_moe.export.weights import weights_of
-
-    config: ModelConfig = model.config
-    family = family_of(config)
-    theirs = model_of(family, config, experts_implementation="eager")
-    theirs.load_state_dict(weights_of(family, config, model.state_dict()))
-    return {"pretrained": theirs, "tokenizer": fast_tokenizer(stories.tokenizer, config.context)}
+def run_of(model: GPT, stories, recipe_of, path: Path) -> Run:
+    """A finished run's folder with the model as its best weights."""
+    run, recipe = Run(path), recipe_of(model.config, data={"tokenizer": "byte"})
+    path.mkdir()
+    run.recipe_file.write_text(recipe_file.dump(recipe))
+    stories.tokenizer.save(run.tokenizer_file)
+    runs.write_json(run.manifest_file, {"corpus": {"sha256": stories.sha256}})
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"nano_moe": {"schema": 1}, "state_dict": state, "global_step": 4}, run.best)
+    return run
