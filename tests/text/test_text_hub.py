@@ -155,7 +155,7 @@ SHARDS = {
 def test_each_recipe_reads_a_copy_of_its_dataset(tmp_path, name, whole, carded):
     """Laid out as the hub has it: all of it or the recipe's part, with the card or without."""
     ours, other = SHARDS[name]
-    lines = [line.format(title) for title in ("Fox", "=", "C++") for line in LINES]
+    lines = [line.format(title) for title in ("Fox", "M", "=", "C++") for line in LINES]
     texts = lines if name == "wikitext-103" else [story(i) for i in range(9)]
     write_rows(tmp_path / "copy" / ours, texts)
     if whole:
@@ -166,7 +166,7 @@ def test_each_recipe_reads_a_copy_of_its_dataset(tmp_path, name, whole, carded):
     recipe = recipe_file.load(RECIPES / f"{name}.yaml", [place])
     rows = [document.text for document in hub.Stream(hub.found(recipe.data.hub))]
     if name == "wikitext-103":
-        articles = ["Fox", "C++"]
+        articles = ["Fox", "M", "C++"]
         assert [text.split("\n")[0] for text in rows] == [f" = {title} = " for title in articles]
         assert "".join(rows) == "".join(lines)
     else:
