@@ -36,6 +36,11 @@ def under_slurm() -> bool:
     return "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
+def threads(n: int) -> int:
+    """Of each of `n` processes on this node, unless OMP_NUM_THREADS says otherwise."""
+    return max(1, (os.cpu_count() or 1) // n)
+
+
 class Watch(threading.Thread):
     """Looks after the other processes; where one fell and this one does not end, ends it."""
 
@@ -121,9 +126,8 @@ def _variables(n: int) -> dict[str, str]:
 
 
 def _start(number: int, n: int, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    threads = str(max(1, (os.cpu_count() or 1) // n))
     own = {"RANK": str(number), "LOCAL_RANK": str(number), LEADER: str(os.getpid())}
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, **own}
+    environment = {"OMP_NUM_THREADS": str(threads(n)), **os.environ, **own}
     command = [sys.executable, "-m", "nano_moe", *arguments]
     silent = subprocess.DEVNULL
     return subprocess.Popen(command, env=environment, stdin=silent, stdout=silent)

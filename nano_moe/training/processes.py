@@ -86,7 +86,7 @@ def started(recipe: Recipe, arguments: Sequence[str]) -> Iterator[Job]:
         yield Job()
         return
     n = count_processes(recipe)
-    with launch.others(choose_devices(recipe), arguments) as watch:
+    with launch.others(choose_devices(recipe), arguments) as watch, _share_of_cores(watch):
         try:
             _connect(recipe, n)
             yield Job(watch)
@@ -96,6 +96,18 @@ def started(recipe: Recipe, arguments: Sequence[str]) -> Iterator[Job]:
             if fault is None:
                 raise
             raise fault from error
+
+
+@contextlib.contextmanager
+def _share_of_cores(watch: launch.Watch) -> Iterator[None]:
+    """As many threads for the first process as it told those that it started to take."""
+    before = torch.get_num_threads()
+    if watch.others and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(launch.threads(len(watch.others) + 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def environment() -> ClusterEnvironment:

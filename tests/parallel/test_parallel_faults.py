@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from nano_moe import recipe_file, runs
+from nano_moe import launch, recipe_file, runs
 from nano_moe.config import Recipe
 from nano_moe.device import choose_devices, count_processes
 from nano_moe.errors import UserError
 from nano_moe.recipe_file import dump
+from nano_moe.training import processes
 from nano_moe.training.fit import fit
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -123,6 +125,16 @@ def test_a_leader_that_dies_ends_the_others(place):
     faults = [line for line in told.splitlines() if line.startswith("error: ")]
     assert len(faults) == 1 and "process 0" in faults[0] and "resume RUN=x" in faults[0]
     assert step_of("x") >= 5
+
+
+def test_the_first_process_takes_no_more_cores_than_those_it_starts(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    before = torch.get_num_threads()
+    with processes._share_of_cores(launch.Watch(others=[None, None])):
+        assert torch.get_num_threads() == 3
+    with processes._share_of_cores(launch.Watch()):
+        assert torch.get_num_threads() == before
 
 
 @pytest.mark.slow
