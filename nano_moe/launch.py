@@ -33,7 +33,15 @@ def own_rank(recipe: Recipe) -> int:
 
 def under_slurm() -> bool:
     """Whether srun made this process, as one of several."""
-    return "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    made = "RANK" not in os.environ and "SLURM_PROCID" in os.environ
+    return made and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def count_started() -> int:
+    """How many processes there are by the word of what made them; 1 where nothing says so."""
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["SLURM_NTASKS"]) if under_slurm() else 1
 
 
 def threads(n: int) -> int:

@@ -82,7 +82,7 @@ def started(recipe: Recipe, arguments: Sequence[str]) -> Iterator[Job]:
     where there are not as many as the recipe says, and where one of them ends.
     """
     if not recipe.trainer.is_parallel:
-        _check_count(int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1, 1)
+        _check_count(launch.count_started(), 1)
         yield Job()
         return
     n = count_processes(recipe)
@@ -118,18 +118,16 @@ def environment() -> ClusterEnvironment:
 
 
 def _connect(recipe: Recipe, n: int) -> None:
+    _check_count(launch.count_started(), n)
     if launch.under_slurm():
+        _check_slurm(choose_devices(recipe), recipe.trainer.nodes)
         slurm = environment()
         os.environ |= {"MASTER_ADDR": slurm.main_address, "MASTER_PORT": str(slurm.main_port)}
-        rank, there = slurm.global_rank(), slurm.world_size()
-    else:
-        rank, there = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _check_count(there, n)
     gpu = choose_device(recipe).type == "cuda"
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=n, timeout=SILENCE)
+    dist.init_process_group(backend, rank=launch.own_rank(recipe), world_size=n, timeout=SILENCE)
 
 
 def _check_count(there: int, n: int) -> None:
@@ -137,6 +135,18 @@ def _check_count(there: int, n: int) -> None:
         raise UserError(
             f"trainer.devices: {there} processes were started, and trainer.devices times "
             f"trainer.nodes is {n}; make them equal"
+        )
+
+
+def _check_slurm(devices: int, nodes: int) -> None:
+    """Raises UserError where the trainer would not take the variables that srun set."""
+    per_node = os.environ.get("SLURM_NTASKS_PER_NODE", "not set")
+    there = os.environ.get("SLURM_NNODES", str(nodes))
+    if (per_node, there) != (str(devices), str(nodes)):
+        raise UserError(
+            f"trainer.devices, trainer.nodes: {devices} on each of {nodes}, but "
+            f"SLURM_NTASKS_PER_NODE is {per_node} and SLURM_NNODES {there}; start them with: "
+            f"srun --nodes={nodes} --ntasks-per-node={devices}"
         )
 
 

@@ -127,6 +127,32 @@ def test_a_leader_that_dies_ends_the_others(place):
     assert step_of("x") >= 5
 
 
+def under_srun(monkeypatch, **variables: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    numbers = {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "NTASKS": "4"}
+    for name, value in (numbers | variables).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+SLURM = {
+    "4 processes were started, and trainer.devices times trainer.nodes is 1": (1, {}),
+    "4 processes were started, and trainer.devices times trainer.nodes is 2": (2, {}),
+    "SLURM_NTASKS_PER_NODE is not set": (4, {}),
+    "srun --nodes=1 --ntasks-per-node=4": (4, {"NTASKS_PER_NODE": "2", "NNODES": "2"}),
+}
+
+
+@pytest.mark.parametrize("text", SLURM)
+def test_tasks_of_srun_that_are_not_what_the_recipe_says_are_refused(monkeypatch, text):
+    devices, variables = SLURM[text]
+    under_srun(monkeypatch, **variables)
+    recipe = cases.recipe("adamw", devices=devices)
+    with pytest.raises(UserError) as found, processes.started(recipe, []):
+        pass
+    assert text in str(found.value)
+
+
 def test_the_first_process_takes_no_more_cores_than_those_it_starts(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 9)
