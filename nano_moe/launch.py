@@ -21,7 +21,7 @@ from nano_moe.config import Recipe
 LEADER = "NANO_MOE_LEADER"  # the first process's id, told to those it starts
 POLL, GRACE = 0.2, 5.0  # seconds between looks; and those left to a process to speak for itself
 FAREWELL = 30.0  # seconds that the others may take to end after the first is done
-ADVICE = "last.ckpt is whole, go on with: make resume RUN=…"
+ADVICE = "no run had begun, start it again"
 
 
 def own_rank(recipe: Recipe) -> int:

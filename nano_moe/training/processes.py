@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -155,11 +156,41 @@ def _lost(error: RuntimeError, watch: launch.Watch) -> UserError | None:
     if not any(word in str(error) for word in LOST):
         return None
     fault = watch.fell(NOTICE)
+    if fault is None and not dist.is_initialized():
+        return _absent(error)
     if fault is None:
-        fault = f"another process cannot be reached ({str(error).splitlines()[0][:120]})"
-        speaks = ranks.leads()
+        fault = _silent(str(error).splitlines()[0][:120])
+        speaks = ranks.leads() or ranks.count() == 2  # of two, the other cannot
     else:
         speaks = watch.leader is None or os.environ["LOCAL_RANK"] == "1"
     if speaks and watch.leader is not None:
         os.write(2, b"\n")  # ends the line that the first process left
     return (UserError if speaks else SaidElsewhere)(f"{fault}; {watch.advice}")
+
+
+def _silent(reason: str) -> str:
+    """Of processes in touch, none of which is known to have ended."""
+    if "imed out" not in reason and "imeout" not in reason:
+        return f"another process cannot be reached ({reason})"
+    n = ranks.count()
+    who = f"process {1 - ranks.rank()} of 2" if n == 2 else f"one of the other {n - 1} processes"
+    return f"{who} has been silent for {_minutes()} and may hang ({reason})"
+
+
+def _absent(error: RuntimeError) -> UserError:
+    """Of processes that never got in touch; the first counts them, the others miss the first."""
+    counted = re.search(r"(\d+)/(\d+) clients joined", str(error))
+    if counted is not None:
+        what = f"{counted[1]} of {counted[2]} processes"
+    elif isinstance(error, dist.DistNetworkError):
+        what = f"no process 0 at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    else:
+        return SaidElsewhere(str(error))
+    return UserError(
+        f"trainer.devices: {what} got in touch within {_minutes()}; were all of them started, with "
+        "srun or torchrun, and can the nodes reach each other?"
+    )
+
+
+def _minutes() -> str:
+    return f"{SILENCE.total_seconds() / 60:g} minutes"

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,9 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, by: tuple[str, ...] = ("-m", "nano_moe")) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "nano_moe", *arguments],
+        [sys.executable, *by, *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -125,6 +126,49 @@ def test_a_leader_that_dies_ends_the_others(place):
     faults = [line for line in told.splitlines() if line.startswith("error: ")]
     assert len(faults) == 1 and "process 0" in faults[0] and "resume RUN=x" in faults[0]
     assert step_of("x") >= 5
+
+
+IMPATIENT = """
+import sys
+from datetime import timedelta
+from nano_moe.cli.main import main
+from nano_moe.training import processes
+processes.SILENCE = timedelta(minutes=0.5)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named(place):
+    two = ("trainer.devices=2", "trainer.strategy=ddp")
+    leader = start("train", "tiny.yaml", "--name", "x", *two, by=("-c", IMPATIENT))
+    wait_for_rows(leader, "x", 6)
+    (other,) = others(leader)
+    os.kill(other, signal.SIGSTOP)
+    told = leader.communicate(timeout=300)[1]
+    assert leader.returncode == 2, told
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: process 1 of 2 has been silent for 0.5 minutes"), line
+    assert "make resume RUN=x" in line and is_gone(other)
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, "1 of 2 processes"), (1, "no process 0 at 127")])
+def test_processes_that_never_get_in_touch_are_counted(monkeypatch, rank, told):
+    """Nothing is said of a run, as there is none."""
+    numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    for name, value in (launch._variables(2) | numbers).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "SILENCE", timedelta(seconds=1.2))
+    monkeypatch.setattr(processes, "NOTICE", 0.0)
+    with pytest.raises(UserError) as found, processes.started(cases.recipe("adamw", devices=2), []):
+        pass
+    assert f"trainer.devices: {told}" in str(found.value)
+    assert "within 0.02 minutes" in str(found.value) and "srun or torchrun" in str(found.value)
+    assert "resume" not in str(found.value)
+
+
+def test_no_run_is_advised_before_there_is_one():
+    assert "resume" not in launch.Watch().advice
 
 
 def under_srun(monkeypatch, **variables: str) -> None:
