@@ -21,7 +21,7 @@ from nano_moe.config import Recipe
 LEADER = "NANO_MOE_LEADER"  # the first process's id, told to those it starts
 POLL, GRACE = 0.2, 5.0  # seconds between looks; and those left to a process to speak for itself
 FAREWELL = 30.0  # seconds that the others may take to end after the first is done
-ADVICE = "last.ckpt is whole, go on with: make resume RUN=…"
+ADVICE = "no run had begun, start it again"
 
 
 def own_rank(recipe: Recipe) -> int:
@@ -33,7 +33,20 @@ def own_rank(recipe: Recipe) -> int:
 
 def under_slurm() -> bool:
     """Whether srun made this process, as one of several."""
-    return "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    made = "RANK" not in os.environ and "SLURM_PROCID" in os.environ
+    return made and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def count_started() -> int:
+    """How many processes there are by the word of what made them; 1 where nothing says so."""
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["SLURM_NTASKS"]) if under_slurm() else 1
+
+
+def threads(n: int) -> int:
+    """Of each of `n` processes on this node, unless OMP_NUM_THREADS says otherwise."""
+    return max(1, (os.cpu_count() or 1) // n)
 
 
 class Watch(threading.Thread):
@@ -121,9 +134,8 @@ def _variables(n: int) -> dict[str, str]:
 
 
 def _start(number: int, n: int, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    threads = str(max(1, (os.cpu_count() or 1) // n))
     own = {"RANK": str(number), "LOCAL_RANK": str(number), LEADER: str(os.getpid())}
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, **own}
+    environment = {"OMP_NUM_THREADS": str(threads(n)), **os.environ, **own}
     command = [sys.executable, "-m", "nano_moe", *arguments]
     silent = subprocess.DEVNULL
     return subprocess.Popen(command, env=environment, stdin=silent, stdout=silent)

@@ -156,13 +156,10 @@ class Stream:
         from datasets import load_dataset
 
         hub, folder = self.found.hub, self.found.folder
-        rows = load_dataset(
-            hub.dataset if folder is None else str(folder),
-            hub.config,
-            split=hub.split,
-            revision=self._commit,
-            streaming=True,
-        )
+        which = {"path": hub.dataset, "name": hub.config}
+        if folder is not None:
+            which = _part(folder, hub.config)
+        rows = load_dataset(**which, split=hub.split, revision=self._commit, streaming=True)
         columns = list(rows.features or next(iter(rows), {}))
         if hub.column not in columns:
             raise UserError(
@@ -184,10 +181,32 @@ class Stream:
                 reason = _first_line(error)
                 if self.found.folder is None and _is_network(error):
                     raise _unreachable(self.found.hub, reason) from error
-                raise UserError(
-                    f"{self._where}: cannot be read ({reason}); check dataset, config, split and "
-                    "column under data.hub"
-                ) from error
+                hint = "check dataset, config, split and column under data.hub"
+                if self.found.folder is not None and self.found.hub.config is not None:
+                    hint += "; a folder of one configuration alone: data.hub.config=null"
+                raise UserError(f"{self._where}: cannot be read ({reason}); {hint}") from error
+
+
+def _part(folder: Path, config: str | None) -> dict[str, Any]:
+    """What to load of a folder: where a configuration is named, its own files and no others.
+
+    The library would look for those of the card's first one, too, which a copy of a part lacks. A
+    folder whose card does not tell has them in a folder of that name, or with "/" for a "-" of it.
+    """
+    from datasets.data_files import sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    card = folder / "README.md"
+    content = DatasetCard.load(card).data if card.is_file() else {}
+    told = MetadataConfigs.from_dataset_card_data(content).get(config or "", {})
+    if "data_files" in told:
+        files = sanitize_patterns(told["data_files"])
+        return {"path": str(folder), "name": config, "data_files": files}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() and "-".join(path.relative_to(folder).parts) == config:
+            return {"path": str(path)}
+    return {"path": str(folder), "name": config}
 
 
 def _commit(hub: HubConfig, revision: str) -> str | None:
@@ -215,7 +234,7 @@ def _unreachable(hub: HubConfig, reason: str) -> UserError:
     return UserError(
         f"data.hub.dataset: {hub.dataset}: the Hugging Face hub cannot be reached ({reason}); "
         "connect and run the same again, which goes on where it stood, or set data.hub.dataset to "
-        "a folder with a copy"
+        "a folder with a copy of it, or of what of it is read"
     )
 
 

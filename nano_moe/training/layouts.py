@@ -123,9 +123,13 @@ class Gathered(Strategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         module = self._module()
         named = {name: id(p) for name, p in module.named_parameters(remove_duplicate=False)}
-        groups = shared_by(module)
-        state = module.state_dict()
-        return self._kept(state, {name: groups.get(named.get(name, 0)) for name in state})
+        first = {number: name for name, number in reversed(named.items())}
+        # Tied weights have two names; gathered once, they are written once, as one process does.
+        same = {name: first[number] for name, number in named.items()}
+        groups, state = shared_by(module), module.state_dict()
+        once = {name: x for name, x in state.items() if same.get(name, name) == name}
+        kept = self._kept(once, {name: groups.get(named.get(name, 0)) for name in once})
+        return {name: kept[same.get(name, name)] for name in state} if self.is_global_zero else {}
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         state, groups = optimizer.state_dict(), shared_by(self._module())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -82,11 +83,11 @@ def started(recipe: Recipe, arguments: Sequence[str]) -> Iterator[Job]:
     where there are not as many as the recipe says, and where one of them ends.
     """
     if not recipe.trainer.is_parallel:
-        _check_count(int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1, 1)
+        _check_count(launch.count_started(), 1)
         yield Job()
         return
     n = count_processes(recipe)
-    with launch.others(choose_devices(recipe), arguments) as watch:
+    with launch.others(choose_devices(recipe), arguments) as watch, _share_of_cores(watch):
         try:
             _connect(recipe, n)
             yield Job(watch)
@@ -98,6 +99,18 @@ def started(recipe: Recipe, arguments: Sequence[str]) -> Iterator[Job]:
             raise fault from error
 
 
+@contextlib.contextmanager
+def _share_of_cores(watch: launch.Watch) -> Iterator[None]:
+    """As many threads for the first process as it told those that it started to take."""
+    before = torch.get_num_threads()
+    if watch.others and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(launch.threads(len(watch.others) + 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def environment() -> ClusterEnvironment:
     """Who made the processes of this group, in the trainer's words."""
     if TorchElasticEnvironment.detect():
@@ -106,18 +119,16 @@ def environment() -> ClusterEnvironment:
 
 
 def _connect(recipe: Recipe, n: int) -> None:
+    _check_count(launch.count_started(), n)
     if launch.under_slurm():
+        _check_slurm(choose_devices(recipe), recipe.trainer.nodes)
         slurm = environment()
         os.environ |= {"MASTER_ADDR": slurm.main_address, "MASTER_PORT": str(slurm.main_port)}
-        rank, there = slurm.global_rank(), slurm.world_size()
-    else:
-        rank, there = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _check_count(there, n)
     gpu = choose_device(recipe).type == "cuda"
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=n, timeout=SILENCE)
+    dist.init_process_group(backend, rank=launch.own_rank(recipe), world_size=n, timeout=SILENCE)
 
 
 def _check_count(there: int, n: int) -> None:
@@ -128,16 +139,58 @@ def _check_count(there: int, n: int) -> None:
         )
 
 
+def _check_slurm(devices: int, nodes: int) -> None:
+    """Raises UserError where the trainer would not take the variables that srun set."""
+    per_node = os.environ.get("SLURM_NTASKS_PER_NODE", "not set")
+    there = os.environ.get("SLURM_NNODES", str(nodes))
+    if (per_node, there) != (str(devices), str(nodes)):
+        raise UserError(
+            f"trainer.devices, trainer.nodes: {devices} on each of {nodes}, but "
+            f"SLURM_NTASKS_PER_NODE is {per_node} and SLURM_NNODES {there}; start them with: "
+            f"srun --nodes={nodes} --ntasks-per-node={devices}"
+        )
+
+
 def _lost(error: RuntimeError, watch: launch.Watch) -> UserError | None:
     """What became of the others, where the fault is that they cannot be reached."""
     if not any(word in str(error) for word in LOST):
         return None
     fault = watch.fell(NOTICE)
+    if fault is None and not dist.is_initialized():
+        return _absent(error)
     if fault is None:
-        fault = f"another process cannot be reached ({str(error).splitlines()[0][:120]})"
-        speaks = ranks.leads()
+        fault = _silent(str(error).splitlines()[0][:120])
+        speaks = ranks.leads() or ranks.count() == 2  # of two, the other cannot
     else:
         speaks = watch.leader is None or os.environ["LOCAL_RANK"] == "1"
     if speaks and watch.leader is not None:
         os.write(2, b"\n")  # ends the line that the first process left
     return (UserError if speaks else SaidElsewhere)(f"{fault}; {watch.advice}")
+
+
+def _silent(reason: str) -> str:
+    """Of processes in touch, none of which is known to have ended."""
+    if "imed out" not in reason and "imeout" not in reason:
+        return f"another process cannot be reached ({reason})"
+    n = ranks.count()
+    who = f"process {1 - ranks.rank()} of 2" if n == 2 else f"one of the other {n - 1} processes"
+    return f"{who} has been silent for {_minutes()} and may hang ({reason})"
+
+
+def _absent(error: RuntimeError) -> UserError:
+    """Of processes that never got in touch; the first counts them, the others miss the first."""
+    counted = re.search(r"(\d+)/(\d+) clients joined", str(error))
+    if counted is not None:
+        what = f"{counted[1]} of {counted[2]} processes"
+    elif isinstance(error, dist.DistNetworkError):
+        what = f"no process 0 at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    else:
+        return SaidElsewhere(str(error))
+    return UserError(
+        f"trainer.devices: {what} got in touch within {_minutes()}; were all of them started, with "
+        "srun or torchrun, and can the nodes reach each other?"
+    )
+
+
+def _minutes() -> str:
+    return f"{SILENCE.total_seconds() / 60:g} minutes"

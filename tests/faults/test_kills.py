@@ -18,6 +18,8 @@ from nano_moe.training.module import Decoder
 
 pytestmark = pytest.mark.slow
 
+KILLS = {"saving": "kill -9 inside a checkpoint's writing", "training": "kill -9 in training"}
+
 
 class Child:
     """A fork that trains a run, or goes on with it, and says where it is through a pipe.
@@ -134,8 +136,7 @@ def test_killed_again_and_again_it_stays_on_course(course, ledger, slow):
             run = Run(runs.ROOT / f"broken-{number}")
             continue
         done += 1
-        where = "inside a checkpoint's writing" if place == "saving" else "in training"
-        with ledger.attempt(f"kill -9 {where}"):
+        with ledger.attempt(KILLS[place]):
             course.check(run)
     if run.has_begun and course.check(run) < STEPS:
         course.go_on(run)
@@ -143,11 +144,11 @@ def test_killed_again_and_again_it_stays_on_course(course, ledger, slow):
 
 
 def test_killed_between_the_two_renames_the_one_before_is_taken(course, ledger):
-    """The moment at which there is no last.ckpt at all."""
+    """The moment at which there is no last.ckpt at all; made by hand, nothing is killed."""
     run = copy_of(course.whole, "broken")
     run.last.unlink()
     found = runs.newest(run)
     assert found.path == run.previous and "last.ckpt: no such checkpoint" in found.warning
-    with ledger.attempt("kill -9 inside a checkpoint's writing"):
+    with ledger.attempt("between a checkpoint's two renames: resume takes previous.ckpt"):
         course.go_on(run)
         course.check_end(run)

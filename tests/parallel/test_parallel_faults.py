@@ -10,15 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
-from nano_moe import recipe_file, runs
+from nano_moe import launch, recipe_file, runs
 from nano_moe.config import Recipe
 from nano_moe.device import choose_devices, count_processes
 from nano_moe.errors import UserError
 from nano_moe.recipe_file import dump
+from nano_moe.training import processes
 from nano_moe.training.fit import fit
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,9 +40,9 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, by: tuple[str, ...] = ("-m", "nano_moe")) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "nano_moe", *arguments],
+        [sys.executable, *by, *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -123,6 +126,85 @@ def test_a_leader_that_dies_ends_the_others(place):
     faults = [line for line in told.splitlines() if line.startswith("error: ")]
     assert len(faults) == 1 and "process 0" in faults[0] and "resume RUN=x" in faults[0]
     assert step_of("x") >= 5
+
+
+IMPATIENT = """
+import sys
+from datetime import timedelta
+from nano_moe.cli.main import main
+from nano_moe.training import processes
+processes.SILENCE = timedelta(minutes=0.5)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named(place):
+    two = ("trainer.devices=2", "trainer.strategy=ddp")
+    leader = start("train", "tiny.yaml", "--name", "x", *two, by=("-c", IMPATIENT))
+    wait_for_rows(leader, "x", 6)
+    (other,) = others(leader)
+    os.kill(other, signal.SIGSTOP)
+    told = leader.communicate(timeout=300)[1]
+    assert leader.returncode == 2, told
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: process 1 of 2 has been silent for 0.5 minutes"), line
+    assert "make resume RUN=x" in line and is_gone(other)
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, "1 of 2 processes"), (1, "no process 0 at 127")])
+def test_processes_that_never_get_in_touch_are_counted(monkeypatch, rank, told):
+    """Nothing is said of a run, as there is none."""
+    numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    for name, value in (launch._variables(2) | numbers).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "SILENCE", timedelta(seconds=1.2))
+    monkeypatch.setattr(processes, "NOTICE", 0.0)
+    with pytest.raises(UserError) as found, processes.started(cases.recipe("adamw", devices=2), []):
+        pass
+    assert f"trainer.devices: {told}" in str(found.value)
+    assert "within 0.02 minutes" in str(found.value) and "srun or torchrun" in str(found.value)
+    assert "resume" not in str(found.value)
+
+
+def test_no_run_is_advised_before_there_is_one():
+    assert "resume" not in launch.Watch().advice
+
+
+def under_srun(monkeypatch, **variables: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    numbers = {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "NTASKS": "4"}
+    for name, value in (numbers | variables).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+SLURM = {
+    "4 processes were started, and trainer.devices times trainer.nodes is 1": (1, {}),
+    "4 processes were started, and trainer.devices times trainer.nodes is 2": (2, {}),
+    "SLURM_NTASKS_PER_NODE is not set": (4, {}),
+    "srun --nodes=1 --ntasks-per-node=4": (4, {"NTASKS_PER_NODE": "2", "NNODES": "2"}),
+}
+
+
+@pytest.mark.parametrize("text", SLURM)
+def test_tasks_of_srun_that_are_not_what_the_recipe_says_are_refused(monkeypatch, text):
+    devices, variables = SLURM[text]
+    under_srun(monkeypatch, **variables)
+    recipe = cases.recipe("adamw", devices=devices)
+    with pytest.raises(UserError) as found, processes.started(recipe, []):
+        pass
+    assert text in str(found.value)
+
+
+def test_the_first_process_takes_no_more_cores_than_those_it_starts(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    before = torch.get_num_threads()
+    with processes._share_of_cores(launch.Watch(others=[None, None])):
+        assert torch.get_num_threads() == 3
+    with processes._share_of_cores(launch.Watch()):
+        assert torch.get_num_threads() == before
 
 
 @pytest.mark.slow

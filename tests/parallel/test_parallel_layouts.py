@@ -133,6 +133,14 @@ def test_in_float64_weights_and_optimizer_state_are_those_of_one_process(trained
                         assert float(a[column]) == pytest.approx(float(b[column]), abs=1e-9)
 
 
+def test_a_checkpoint_holds_the_tied_embedding_once(trained):
+    path, n = trained
+    for layout in ("one", *LAYOUTS[n]):
+        state = checkpoint(path, f"exact:muon:{layout}")["state_dict"]
+        embedding, head = state["model.embedding.weight"], state["model.head.weight"]
+        assert embedding.data_ptr() == head.data_ptr(), layout
+
+
 def test_experts_are_idle_where_the_cases_say_so(trained):
     """Else nothing is shown of them: some expert took part in fewer steps than there were."""
     path, _ = trained

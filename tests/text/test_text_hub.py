@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nano_moe import recipe_file
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
 from nano_moe.text import hub, shelf, store
@@ -116,6 +118,69 @@ def test_rows_are_joined_to_documents_where_one_begins(tmp_path):
         first = [next(given).text for _ in range(cut)]
         state = json.loads(json.dumps(stream.state))
         assert first + [one.text for one in hub.Stream(found, state)] == expected
+
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "hub"
+LINES = [" = {} = \n", " It is written . \n", " = = {} = = \n", ""]
+
+
+def card(*configs: tuple[str, str]) -> str:
+    entries = [
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {path}\n"
+        for name, path in configs
+    ]
+    return "---\nconfigs:\n" + "".join(entries) + "---\nA dataset.\n"
+
+
+CARDS = {
+    "tinystories": card(("default", "data/train-*")),
+    "wikitext-103": card(
+        ("wikitext-2-v1", "wikitext-2-v1/train-*"),
+        ("wikitext-103-raw-v1", "wikitext-103-raw-v1/train-*"),
+    ),
+    "fineweb-edu": card(("default", "data/*/*"), ("sample-10BT", "sample/10BT/*")),
+}
+SHARDS = {
+    "tinystories": ("data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"),
+    "wikitext-103": (
+        "wikitext-103-raw-v1/train-00000-of-00001.parquet", "wikitext-2-v1/train-00000.parquet",
+    ),
+    "fineweb-edu": ("sample/10BT/000_00000.parquet", "data/CC-MAIN-2013-20/train-00000.parquet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("carded", [True, False], ids=["card", "no card"])
+@pytest.mark.parametrize("whole", [True, False], ids=["all of it", "what is read alone"])
+@pytest.mark.parametrize("name", SHARDS)
+def test_each_recipe_reads_a_copy_of_its_dataset(tmp_path, name, whole, carded):
+    """Laid out as the hub has it: all of it or the recipe's part, with the card or without."""
+    ours, other = SHARDS[name]
+    lines = [line.format(title) for title in ("Fox", "M", "=", "C++") for line in LINES]
+    texts = lines if name == "wikitext-103" else [story(i) for i in range(9)]
+    write_rows(tmp_path / "copy" / ours, texts)
+    if whole:
+        write_rows(tmp_path / "copy" / other, ["not of this part"])
+    if carded:
+        (tmp_path / "copy" / "README.md").write_text(CARDS[name])
+    place = f"data.hub.dataset={tmp_path / 'copy'}"
+    recipe = recipe_file.load(RECIPES / f"{name}.yaml", [place])
+    rows = [document.text for document in hub.Stream(hub.found(recipe.data.hub))]
+    if name == "wikitext-103":
+        articles = ["Fox", "M", "C++"]
+        assert [text.split("\n")[0] for text in rows] == [f" = {title} = " for title in articles]
+        assert "".join(rows) == "".join(lines)
+    else:
+        assert rows == texts
+
+
+def test_a_folder_that_holds_one_configuration_alone_is_read_without_its_name(tmp_path):
+    write_rows(tmp_path / "10BT" / "000_00000.parquet", [story(i) for i in range(40)])
+    data = DataConfig(
+        hub={"dataset": str(tmp_path / "10BT"), "config": "sample-10BT"},
+        tokenizer="byte", val_fraction=0.3, cache=str(tmp_path / "c"),
+    )  # fmt: skip
+    assert "'sample-10BT' not found" in fault(data) and "data.hub.config=null" in fault(data)
+    assert len(texts_of(ready(of_hub(data, config=None)))) == 40
 
 
 def test_a_part_is_taken_in_whole_documents(data):
