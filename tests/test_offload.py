@@ -1,10 +1,15 @@
 """Experts on disk: the same results within any budget, and never more in memory than it allows."""
 
+import json
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nano_moe import runs
 from nano_moe.errors import UserError
@@ -21,6 +26,30 @@ KINDS = {
     "sigmoid": {"score": "sigmoid", "bias_update_rate": 0.01, "n_shared_experts": 1, "d_expert": 8},
     "one-layer": {"first_k_dense": 1},
 }
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc/self/status")
+READ_ALL = """
+import json, sys
+from pathlib import Path
+from nano_moe.inference.expert_file import ExpertFile
+from nano_moe.inference.offload import ExpertStore
+from nano_moe.memory import memory_of
+
+FIELDS = ("RssAnon", "RssFile", "RssShmem")
+store = ExpertStore(ExpertFile(Path(sys.argv[1])), 8)
+
+def read(keys):
+    for key in keys:
+        store.guess([key][: key[1] % 2])  # every other one by the thread that reads ahead
+        store.get(key)
+        store.let_go(key)
+
+read(store.file.keys[:8])  # what the first reading loads of the libraries is none of the file
+before = [memory_of(field) for field in FIELDS]
+read(store.file.keys)
+print(json.dumps([memory_of(field) - then for field, then in zip(FIELDS, before)]))
+"""
 
 
 @pytest.fixture
@@ -69,6 +98,17 @@ def test_the_model_holds_no_expert_of_its_own(saved):
     assert names == {name for name, _ in whole.named_parameters() if ".experts." not in name}
     assert store.first.numel() + store.down.numel() == 6 * 3 * 16 * 16
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+@linux
+def test_nothing_that_was_read_stays_in_memory_beside_the_slots(tmp_path):
+    file, n_experts, width = tmp_path / EXPERTS, 128, 128  # 24 MiB
+    shapes = {"first": (2 * width, width), "down": (width, width)}
+    names = [(f"0.{i}.{part}", shape) for i in range(n_experts) for part, shape in shapes.items()]
+    save_file({name: torch.ones(shape) for name, shape in names}, file)
+    command = [sys.executable, "-c", READ_ALL, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert max(json.loads(done.stdout)) < 2**20  # of no kind: own, the file's, or shared
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])

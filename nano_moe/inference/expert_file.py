@@ -75,12 +75,14 @@ class ExpertFile:
             n = (place.end - place.start) // 4
             source = np.frombuffer(self._map, np.float32, n, place.start)
             np.copyto(into.numpy(), source.reshape(place.shape))
-            self._let_go(place)
+        self._let_go()
 
-    def _let_go(self, place: Place) -> None:
-        """The pages of the mapping; the system's cache of the file keeps them as it sees fit."""
-        start = place.start - place.start % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_DONTNEED, start, place.end - start)
+    def _let_go(self) -> None:
+        """All pages of the mapping: with those that are read the system maps their neighbours.
+
+        The system's cache of the file keeps them as it sees fit.
+        """
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _place(one: dict, start: int) -> Place:
