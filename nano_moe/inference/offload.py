@@ -122,6 +122,13 @@ class ExpertStore:
                 self._guesses.add(key)
                 self.coming[key] = self._reader.submit(self._read, key)
 
+    def wait(self) -> None:
+        """Until all that was guessed is read."""
+        with self._lock:
+            coming = list(self.coming.values())
+        for one in coming:
+            one.result()
+
     def _read(self, key: Key) -> None:
         self.file.read(*key, *self._at(key))
         with self._lock:

@@ -1,10 +1,13 @@
 """Decoding with experts on disk, as the study measures and counts it."""
 
+import os
+
 import pytest
 import torch
 
 from nano_moe import runs
 from nano_moe.bench.offload import draw_weights
+from nano_moe.errors import UserError
 from nano_moe.evaluation import spread_windows
 from nano_moe.runs import load_model
 from nano_moe.studies import offloading
@@ -56,8 +59,20 @@ def test_hits_are_those_of_the_whole_decoders_choices(drawn, tiny_corpus):
     assert figures["guesses_right"] == ahead["guessed_right"] / ahead["guessed"] > 0
 
 
+def test_a_cache_that_does_not_empty_fails_first_and_is_never_recorded(drawn, monkeypatch):
+    monkeypatch.setattr(os, "posix_fadvise", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(offloading, "draw_weights", lambda run: pytest.fail("began"))
+        with pytest.raises(UserError, match="cannot be timed"):
+            offloading.decode(drawn, "50%")
+    monkeypatch.setattr(offloading, "check_can_be_emptied", lambda folder: None)
+    with pytest.raises(UserError, match="cannot be timed"):  # of what was measured
+        offloading.decode(drawn, "50%")
+    assert not list(drawn.path.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize(("budget", "share"), [("all", 1), ("50%", 0.5), ("25%", 0.25)])
-def test_what_is_measured_is_of_the_budget_and_leaves_nothing(drawn, budget, share):
+def test_what_is_measured_is_of_the_budget_and_leaves_nothing(on_disk, drawn, budget, share):
     found = offloading.decode(drawn, budget)
     experts = 3 * 4 * 3 * 16 * 16 * 4  # layers, experts, matrices, D, F, bytes
     assert found["memory_gb"] >= experts * share / 1e9
