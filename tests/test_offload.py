@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save, save_file
 
 from nano_moe import runs
 from nano_moe.errors import UserError
 from nano_moe.inference import expert_file
-from nano_moe.inference.expert_file import EXPERTS, split_weights
+from nano_moe.inference.expert_file import EXPERTS, REST, split_weights
 from nano_moe.inference.offload import ExpertStore, load_offloaded
 from nano_moe.model.gpt import GPT, init_weights
+from nano_moe.model.moe import MoE
 from nano_moe.runs import SCHEMA, Run
 
 KINDS = {
@@ -49,6 +51,21 @@ read(store.file.keys[:8])  # what the first reading loads of the libraries is no
 before = [memory_of(field) for field in FIELDS]
 read(store.file.keys)
 print(json.dumps([memory_of(field) - then for field, then in zip(FIELDS, before)]))
+"""
+
+
+SPLIT = """
+import sys
+from pathlib import Path
+from nano_moe.inference.expert_file import split_weights
+from nano_moe.memory import memory_of
+from nano_moe.runs import Run
+
+small, large = (Run(Path(folder)) for folder in sys.argv[1:])
+split_weights(small)  # what the first splitting loads of the libraries is no weight's
+before = memory_of("VmHWM")
+split_weights(large)
+print(memory_of("VmHWM") - before)
 """
 
 
@@ -160,7 +177,7 @@ def test_files_are_made_once_and_again_for_another_checkpoint(saved, monkeypatch
     split_weights(run)
     made = (run.path / EXPERTS).stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr(expert_file, "load_model", lambda run: pytest.fail("made again"))
+        patch.setattr(expert_file, "fill", lambda *_, **__: pytest.fail("made again"))
         split_weights(run)
     _, other = saved(seed=1)
     file, _, _ = split_weights(run)
@@ -172,6 +189,40 @@ def test_files_are_made_once_and_again_for_another_checkpoint(saved, monkeypatch
     file, _, _ = split_weights(run)  # a torn file is made again
     file.read(0, 0, first, down)
     assert torch.equal(down, other.blocks[0].ffn.experts.down[0])
+
+
+@pytest.mark.parametrize("kind", ["softmax", "hash", "one-layer"])
+def test_the_files_are_what_safetensors_would_write(saved, kind):
+    run, whole = saved(kind, tie_embeddings=False)
+    split_weights(run)
+    experts = {
+        f"{layer}.{number}.{part}": weight[number].detach().clone()
+        for layer, block in enumerate(whole.blocks)
+        if isinstance(block.ffn, MoE)
+        for part, weight in zip(("first", "down"), block.ffn.experts.weights, strict=True)
+        for number in range(6)
+    }
+    rest = {name: w for name, w in whole.state_dict().items() if ".experts." not in name}
+    for path, wanted in ((run.path / EXPERTS, experts), (run.path / REST, rest)):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        assert metadata["step"] == "7" and metadata["checkpoint"].startswith("best.ckpt ")
+        ours, theirs = path.read_bytes(), save(wanted, metadata)
+        size = 8 + int.from_bytes(theirs[:8], "little")
+        assert (ours[:8], ours[size:]) == (theirs[:8], theirs[size:])
+        headers = [json.loads(one[8:size]) for one in (ours, theirs)]
+        assert headers[0] == headers[1] and list(headers[0]) == list(headers[1])
+
+
+@linux
+def test_splitting_holds_no_second_copy_of_the_experts(saved):
+    small, _ = saved("softmax")
+    run, whole = saved("window", d_model=256, d_ff=1024)
+    experts = sum(w.nbytes for name, w in whole.named_parameters() if ".experts." in name)
+    assert experts > 15e6
+    command = [sys.executable, "-c", SPLIT, str(small.path), str(run.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.5 * experts + 4e6  # pages of the mapped checkpoint are counted
 
 
 def test_a_dense_run_is_refused(tmp_path, dense_config, recipe_of):
