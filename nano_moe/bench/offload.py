@@ -70,14 +70,15 @@ class Case:
 
 
 def offload(quick: bool, run: str | None = None) -> Report:
-    trained = [] if run is None else [runs.find(run)]
+    named = [] if run is None else [runs.find(run)]
+    trained = [(one, shares_of(one), _validation_text(one)) for one in named]  # their faults first
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="nano-moe-offload-") as folder:
         untrained = _untrained(Path(folder), quick)
-        texts = [drawn_text(untrained.recipe()), *(_validation_text(one) for one in trained)]
-        for one, text in zip((untrained, *trained), texts, strict=True):
+        drawn = (untrained, shares_of(untrained), drawn_text(untrained.recipe()))
+        for one, shares, text in (drawn, *trained):
             rows += [_row(one, text, budget=None)]
-            rows += [_row(one, text, budget=f"{share}%") for share in shares_of(one)]
+            rows += [_row(one, text, budget=f"{share}%") for share in shares]
             rows += [_row(one, text, budget="50%", **changes) for changes in VARIANTS]
     return Report("experts on disk", rows, NOTES)
 

@@ -83,6 +83,15 @@ def test_without_a_budget_there_is_no_file(tmp_path):
     assert not list(run.path.glob("*.safetensors"))
 
 
+def test_a_dense_run_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, dense_config, recipe_of
+):
+    run = runs.create(recipe_of(dense_config()), stem="run", name="dense", root=tmp_path)
+    monkeypatch.setattr(offload, "_untrained", lambda *_: pytest.fail("began"))
+    with pytest.raises(UserError, match="a dense run has no experts"):
+        offload.offload(True, str(run.path))
+
+
 def test_shares_that_hold_no_tokens_experts_are_left_out(tmp_path, moe_config, recipe_of):
     assert shares_of(_untrained(Path(tmp_path), quick=True)) == list(SHARES)
     recipe = recipe_of(moe_config(n_layers=1))  # 2 of 4 experts, and no more
