@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from nano_moe import runs
 from nano_moe.errors import UserError
 from nano_moe.inference import expert_file
 from nano_moe.inference.expert_file import EXPERTS, REST, split_weights
-from nano_moe.inference.offload import ExpertStore, load_offloaded
+from nano_moe.inference.offload import ExpertStore, load_offloaded, slots_of
 from nano_moe.model.gpt import GPT, init_weights
 from nano_moe.model.moe import MoE
 from nano_moe.runs import SCHEMA, Run
@@ -229,6 +230,14 @@ def test_a_dense_run_is_refused(tmp_path, dense_config, recipe_of):
     run = runs.create(recipe_of(dense_config()), stem="run", name="dense", root=tmp_path)
     with pytest.raises(UserError, match="a dense run has no experts"):
         load_offloaded(run, "25%")
+
+
+@pytest.mark.parametrize("share", [10, 25, 50, 100])
+def test_a_share_holds_as_many_experts_as_it_says(moe_config, recipe_of, share):
+    recipe = recipe_of(moe_config())
+    for n_experts in range(20, 200):
+        file = SimpleNamespace(keys=range(n_experts), expert_bytes=6144)
+        assert slots_of(f"{share}%", file, recipe) == n_experts * share // 100
 
 
 @pytest.mark.parametrize("budget", ["", "%", "25", "-5%", "0MB", "nan%", "infGB", "1e999MB", "2TB"])
