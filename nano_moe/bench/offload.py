@@ -39,7 +39,7 @@ LARGE = (
     "model.moe.n_experts=16",
 )  # fmt: skip
 SMALL = (*QUICK, "model.n_layers=4")
-SHARES = (12.5, 25, 50, 75, 100)  # per cent; 12.5 holds one token's experts in every layer
+SHARES = (10, 25, 50, 75, 100)  # per cent; 12.5 would hold one token's experts in every layer
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"prefetch": False}, {"policy": "lfu"}, {"policy": "lfu", "prefetch": False},
 )  # fmt: skip
