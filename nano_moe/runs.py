@@ -236,8 +236,13 @@ def describe(recipe: Recipe, *, corpus: Corpus, device: str) -> dict[str, Any]:
     }
 
 
-def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
-    """A checkpoint of ours, unpickled with `weights_only=True` alone; raises UserError."""
+def read_checkpoint(
+    path: Path, map_location: str = "cpu", *, mapped: bool = False
+) -> dict[str, Any]:
+    """A checkpoint of ours, unpickled with `weights_only=True` alone; raises UserError.
+
+    `mapped`: its tensors stay in the file, and what is read of them may leave memory at any time.
+    """
     import torch
 
     if not path.is_file():
@@ -250,7 +255,7 @@ def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on foreign files torch also warns
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for truncated or foreign files
         reason = (str(error).splitlines() or ["unreadable"])[0].split(". ")[0][:120]
         raise DamagedCheckpoint(
@@ -261,12 +266,12 @@ def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
     return checkpoint
 
 
-def first_whole(paths: Sequence[Path], map_location: str = "cpu") -> Found:
+def first_whole(paths: Sequence[Path], map_location: str = "cpu", *, mapped: bool = False) -> Found:
     """The first of these checkpoints that is not damaged; raises the first one's UserError."""
     faults: list[DamagedCheckpoint] = []
     for path in paths:
         try:
-            content = read_checkpoint(path, map_location)
+            content = read_checkpoint(path, map_location, mapped=mapped)
         except DamagedCheckpoint as error:
             faults.append(error)
             continue
@@ -298,31 +303,38 @@ def check_schema(checkpoint: Any, path: Path) -> None:
 
 
 def load_model(run: Run, *, device: str = "cpu") -> tuple[Recipe, GPT, int]:
-    """Recipe, trained decoder in eval mode, and the step it was saved at; best.ckpt if there is.
-
-    A damaged checkpoint is passed over with a warning where there is a whole one.
-    """
+    """Recipe, trained decoder in eval mode, and the step it was saved at; raises UserError."""
     from nano_moe.model.gpt import GPT
 
     recipe = run.recipe()
-    path, checkpoint, warning = first_whole(run.weights or [run.last], device)
+    model = GPT(recipe.model)
+    step = fill(model, run, device)
+    return recipe, model.to(device).eval(), step
+
+
+def fill(model: GPT, run: Run, device: str = "cpu", *, mapped: bool = False) -> int:
+    """Give a decoder the run's weights, of best.ckpt if there is; the step they were saved at.
+
+    `mapped`: it takes the file's own tensors, which are not to be written. A damaged checkpoint is
+    passed over with a warning where there is a whole one; raises UserError where there is none.
+    """
+    path, checkpoint, warning = first_whole(run.weights or [run.last], device, mapped=mapped)
     if warning is not None:
         log.warning(warning)
-    model = GPT(recipe.model)
     state = {
         key.removeprefix("model."): value
         for key, value in checkpoint["state_dict"].items()
         if key.startswith("model.")
     }
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=mapped)
     except RuntimeError as error:
         fault = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(
             f"{path}: its weights do not fit {run.recipe_file} ({fault[:160]}); "
             "one of the two was changed"
         ) from error
-    return recipe, model.to(device).eval(), int(checkpoint["global_step"])
+    return int(checkpoint["global_step"])
 
 
 def check_corpus(run: Run, corpus: Corpus) -> None:

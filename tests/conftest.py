@@ -7,13 +7,16 @@ vocabulary are all different numbers, and attention is grouped.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+from nano_moe.bench.file_cache import check_can_be_emptied
 from nano_moe.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, Recipe, TrainerConfig
+from nano_moe.errors import UserError
 from nano_moe.model.gpt import GPT, init_weights
 from nano_moe.text.store import Corpus, prepare
 
@@ -47,6 +50,16 @@ def moe_config() -> Callable[..., ModelConfig]:
         return ModelConfig(**{**TINY, **fields}, moe=MoEConfig(**{**TINY_MOE, **(moe or {})}))
 
     return make
+
+
+@pytest.fixture
+def on_disk(tmp_path) -> Path:
+    """The test's folder, where reading can be from disk alone; else the test is skipped."""
+    try:
+        check_can_be_emptied(tmp_path)
+    except UserError as error:
+        pytest.skip(str(error))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

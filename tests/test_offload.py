@@ -1,17 +1,25 @@
 """Experts on disk: the same results within any budget, and never more in memory than it allows."""
 
+import json
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save, save_file
 
 from nano_moe import runs
 from nano_moe.errors import UserError
 from nano_moe.inference import expert_file
-from nano_moe.inference.expert_file import EXPERTS, split_weights
-from nano_moe.inference.offload import ExpertStore, load_offloaded
+from nano_moe.inference.expert_file import EXPERTS, REST, split_weights
+from nano_moe.inference.offload import ExpertStore, load_offloaded, slots_of
 from nano_moe.model.gpt import GPT, init_weights
+from nano_moe.model.moe import MoE
 from nano_moe.runs import SCHEMA, Run
 
 KINDS = {
@@ -21,6 +29,45 @@ KINDS = {
     "sigmoid": {"score": "sigmoid", "bias_update_rate": 0.01, "n_shared_experts": 1, "d_expert": 8},
     "one-layer": {"first_k_dense": 1},
 }
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc/self/status")
+READ_ALL = """
+import json, sys
+from pathlib import Path
+from nano_moe.inference.expert_file import ExpertFile
+from nano_moe.inference.offload import ExpertStore
+from nano_moe.memory import memory_of
+
+FIELDS = ("RssAnon", "RssFile", "RssShmem")
+store = ExpertStore(ExpertFile(Path(sys.argv[1])), 8)
+
+def read(keys):
+    for key in keys:
+        store.guess([key][: key[1] % 2])  # every other one by the thread that reads ahead
+        store.get(key)
+        store.let_go(key)
+
+read(store.file.keys[:8])  # what the first reading loads of the libraries is none of the file
+before = [memory_of(field) for field in FIELDS]
+read(store.file.keys)
+print(json.dumps([memory_of(field) - then for field, then in zip(FIELDS, before)]))
+"""
+
+
+SPLIT = """
+import sys
+from pathlib import Path
+from nano_moe.inference.expert_file import split_weights
+from nano_moe.memory import memory_of
+from nano_moe.runs import Run
+
+small, large = (Run(Path(folder)) for folder in sys.argv[1:])
+split_weights(small)  # what the first splitting loads of the libraries is no weight's
+before = memory_of("VmHWM")
+split_weights(large)
+print(memory_of("VmHWM") - before)
+"""
 
 
 @pytest.fixture
@@ -69,6 +116,17 @@ def test_the_model_holds_no_expert_of_its_own(saved):
     assert names == {name for name, _ in whole.named_parameters() if ".experts." not in name}
     assert store.first.numel() + store.down.numel() == 6 * 3 * 16 * 16
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+@linux
+def test_nothing_that_was_read_stays_in_memory_beside_the_slots(tmp_path):
+    file, n_experts, width = tmp_path / EXPERTS, 128, 128  # 24 MiB
+    shapes = {"first": (2 * width, width), "down": (width, width)}
+    names = [(f"0.{i}.{part}", shape) for i in range(n_experts) for part, shape in shapes.items()]
+    save_file({name: torch.ones(shape) for name, shape in names}, file)
+    command = [sys.executable, "-c", READ_ALL, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert max(json.loads(done.stdout)) < 2**20  # of no kind: own, the file's, or shared
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
@@ -120,7 +178,7 @@ def test_files_are_made_once_and_again_for_another_checkpoint(saved, monkeypatch
     split_weights(run)
     made = (run.path / EXPERTS).stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr(expert_file, "load_model", lambda run: pytest.fail("made again"))
+        patch.setattr(expert_file, "fill", lambda *_, **__: pytest.fail("made again"))
         split_weights(run)
     _, other = saved(seed=1)
     file, _, _ = split_weights(run)
@@ -134,10 +192,52 @@ def test_files_are_made_once_and_again_for_another_checkpoint(saved, monkeypatch
     assert torch.equal(down, other.blocks[0].ffn.experts.down[0])
 
 
+@pytest.mark.parametrize("kind", ["softmax", "hash", "one-layer"])
+def test_the_files_are_what_safetensors_would_write(saved, kind):
+    run, whole = saved(kind, tie_embeddings=False)
+    split_weights(run)
+    experts = {
+        f"{layer}.{number}.{part}": weight[number].detach().clone()
+        for layer, block in enumerate(whole.blocks)
+        if isinstance(block.ffn, MoE)
+        for part, weight in zip(("first", "down"), block.ffn.experts.weights, strict=True)
+        for number in range(6)
+    }
+    rest = {name: w for name, w in whole.state_dict().items() if ".experts." not in name}
+    for path, wanted in ((run.path / EXPERTS, experts), (run.path / REST, rest)):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        assert metadata["step"] == "7" and metadata["checkpoint"].startswith("best.ckpt ")
+        ours, theirs = path.read_bytes(), save(wanted, metadata)
+        size = 8 + int.from_bytes(theirs[:8], "little")
+        assert (ours[:8], ours[size:]) == (theirs[:8], theirs[size:])
+        headers = [json.loads(one[8:size]) for one in (ours, theirs)]
+        assert headers[0] == headers[1] and list(headers[0]) == list(headers[1])
+
+
+@linux
+def test_splitting_holds_no_second_copy_of_the_experts(saved):
+    small, _ = saved("softmax")
+    run, whole = saved("window", d_model=256, d_ff=1024)
+    experts = sum(w.nbytes for name, w in whole.named_parameters() if ".experts." in name)
+    assert experts > 15e6
+    command = [sys.executable, "-c", SPLIT, str(small.path), str(run.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.5 * experts + 4e6  # pages of the mapped checkpoint are counted
+
+
 def test_a_dense_run_is_refused(tmp_path, dense_config, recipe_of):
     run = runs.create(recipe_of(dense_config()), stem="run", name="dense", root=tmp_path)
     with pytest.raises(UserError, match="a dense run has no experts"):
         load_offloaded(run, "25%")
+
+
+@pytest.mark.parametrize("share", [10, 25, 50, 100])
+def test_a_share_holds_as_many_experts_as_it_says(moe_config, recipe_of, share):
+    recipe = recipe_of(moe_config())
+    for n_experts in range(20, 200):
+        file = SimpleNamespace(keys=range(n_experts), expert_bytes=6144)
+        assert slots_of(f"{share}%", file, recipe) == n_experts * share // 100
 
 
 @pytest.mark.parametrize("budget", ["", "%", "25", "-5%", "0MB", "nan%", "infGB", "1e999MB", "2TB"])

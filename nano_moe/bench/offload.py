@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from nano_moe import recipe_file, runs
+from nano_moe.bench.file_cache import MOST_LEFT, empty
 from nano_moe.bench.recipes import FOLDER, QUICK, RandomTokens, prepared
 from nano_moe.bench.report import Report, Row
 from nano_moe.config import Recipe
@@ -39,7 +39,7 @@ LARGE = (
     "model.moe.n_experts=16",
 )  # fmt: skip
 SMALL = (*QUICK, "model.n_layers=4")
-SHARES = (12.5, 25, 50, 75, 100)  # per cent; 12.5 holds one token's experts in every layer
+SHARES = (10, 25, 50, 75, 100)  # per cent; 12.5 would hold one token's experts in every layer
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"prefetch": False}, {"policy": "lfu"}, {"policy": "lfu", "prefetch": False},
 )  # fmt: skip
@@ -49,6 +49,9 @@ NOTES = (
     "cache of the file is not in it.",
     "cold: before every token the system's cache of the file is emptied; warm: the file is read "
     "once before. No budget: all experts in the decoder itself, and no file.",
+    f"still cached: the share of the file that stayed when its cache was emptied. Above "
+    f"{MOST_LEFT:.0%} cold is not measured: the file is in memory itself (tmpfs; TMPDIR names "
+    "another folder for untrained weights), or another process has it mapped.",
     "hits: calls for an expert that found it in memory, or on its way there.",
 )
 
@@ -67,14 +70,15 @@ class Case:
 
 
 def offload(quick: bool, run: str | None = None) -> Report:
-    trained = [] if run is None else [runs.find(run)]
+    named = [] if run is None else [runs.find(run)]
+    trained = [(one, shares_of(one), _validation_text(one)) for one in named]  # their faults first
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="nano-moe-offload-") as folder:
         untrained = _untrained(Path(folder), quick)
-        texts = [drawn_text(untrained.recipe()), *(_validation_text(one) for one in trained)]
-        for one, text in zip((untrained, *trained), texts, strict=True):
+        drawn = (untrained, shares_of(untrained), drawn_text(untrained.recipe()))
+        for one, shares, text in (drawn, *trained):
             rows += [_row(one, text, budget=None)]
-            rows += [_row(one, text, budget=f"{share}%") for share in shares_of(one)]
+            rows += [_row(one, text, budget=f"{share}%") for share in shares]
             rows += [_row(one, text, budget="50%", **changes) for changes in VARIANTS]
     return Report("experts on disk", rows, NOTES)
 
@@ -124,18 +128,20 @@ def _row(run: Run, text: Sequence[int], **changes: Any) -> Row:
     case = Case(str(run.path), text, **changes)
     warm = _apart(case)
     cold = _apart(dataclasses.replace(case, cold=True)) if case.budget else warm
+    was_cold = (cold["still cached"] or 0) <= MOST_LEFT
     ahead = ", read ahead" if case.prefetch else ""
     return {
         "run": run.name,
         "budget": case.budget or "none",
         "policy": f"{case.policy}{ahead}" if case.budget else None,
-        **{name: value for name, value in warm.items() if name != "tokens/s"},
+        **{name: value for name, value in warm.items() if name not in ("tokens/s", "still cached")},
         "tokens/s, warm": warm["tokens/s"],
-        "tokens/s, cold": cold["tokens/s"],
+        "tokens/s, cold": cold["tokens/s"] if was_cold else None,
+        "still cached": cold["still cached"],
     }
 
 
-def _apart(case: Case) -> Row:
+def _apart(case: Case) -> dict[str, Any]:
     """Measured in a process of its own."""
     command = [sys.executable, "-m", "nano_moe.bench.offload", json.dumps(dataclasses.asdict(case))]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -155,11 +161,12 @@ def measure(case: Case) -> Row:
         file.read_bytes()
     decoding = Decoding(model, [case.text[:PROMPT]])
     decoding.next_logits()
-    begun, seconds = _counts(store), 0.0
+    begun, seconds, left = _counts(store), 0.0, list[float]()
     for token in case.text[PROMPT:]:
         decoding.append([token], [True])
         if store and case.cold:
-            _empty_cache(file)
+            store.wait()
+            left.append(empty(file))
         start = time.perf_counter()
         decoding.next_logits()
         seconds += time.perf_counter() - start
@@ -171,6 +178,7 @@ def measure(case: Case) -> Row:
         "hits": since.hit_rate if store else 1.0,
         "guesses right": since.guessed_right / since.guessed if since.guessed else None,
         "tokens/s": len(case.text[PROMPT:]) / seconds,
+        "still cached": sum(left) / len(left) if left else None,
     }
 
 
@@ -193,11 +201,6 @@ def _expert_bytes(model: GPT, store: ExpertStore | None) -> int:
     if store:
         return store.first.nbytes + store.down.nbytes
     return sum(w.nbytes for name, w in model.named_parameters() if ".experts." in name)
-
-
-def _empty_cache(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import json
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from nano_moe.errors import UserError
 from nano_moe.files import replacing
 from nano_moe.model.experts import Experts
+from nano_moe.model.gpt import GPT
 from nano_moe.model.moe import MoE
-from nano_moe.runs import Run, load_model
+from nano_moe.runs import Run, fill
 
 EXPERTS, REST = "experts.safetensors", "rest.safetensors"
 MARK, STEP = "checkpoint", "step"  # in a file's metadata: which one it was made from
 MADE_OF = ("first", "down")
+DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # of a decoder's weights and tables
 
 
 class Place(NamedTuple):
@@ -75,12 +78,14 @@ class ExpertFile:
             n = (place.end - place.start) // 4
             source = np.frombuffer(self._map, np.float32, n, place.start)
             np.copyto(into.numpy(), source.reshape(place.shape))
-            self._let_go(place)
+        self._let_go()
 
-    def _let_go(self, place: Place) -> None:
-        """The pages of the mapping; the system's cache of the file keeps them as it sees fit."""
-        start = place.start - place.start % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_DONTNEED, start, place.end - start)
+    def _let_go(self) -> None:
+        """All pages of the mapping: with those that are read the system maps their neighbours.
+
+        The system's cache of the file keeps them as it sees fit.
+        """
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _place(one: dict, start: int) -> Place:
@@ -132,9 +137,13 @@ def _made_from(path: Path) -> str | None:
 
 
 def _split(run: Run, mark: str) -> None:
-    _, model, step = load_model(run)
+    """With one tensor at a time in memory: those of the checkpoint stay in its file."""
+    with torch.device("meta"):
+        model = GPT(run.recipe().model)
+    dtypes = {name: weight.dtype for name, weight in model.state_dict().items()}
+    step = fill(model, run, mapped=True)
     experts = {
-        _name(layer, number, part): weight[number].detach().float().contiguous()
+        _name(layer, number, part): weight[number].float()
         for layer, block in enumerate(model.blocks)
         if isinstance(block.ffn, MoE) and isinstance(block.ffn.experts, Experts)
         for part, weight in zip(MADE_OF, block.ffn.experts.weights, strict=True)
@@ -142,10 +151,25 @@ def _split(run: Run, mark: str) -> None:
     }
     tied = {"head.weight"} if model.config.tie_embeddings else set()
     rest = {
-        name: weight.contiguous()
+        name: weight.to(dtypes[name])
         for name, weight in model.state_dict().items()
         if ".experts." not in name and name not in tied
     }
     for name, tensors in ((EXPERTS, experts), (REST, rest)):
         with replacing(run.path / name) as file:
-            file.write(save(tensors, {MARK: mark, STEP: str(step)}))
+            _write(file, tensors, {MARK: mark, STEP: str(step)})
+
+
+def _write(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """What safetensors' own `save` returns, which holds all of it at once, several times over."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header, end = dict[str, Mapping]({"__metadata__": metadata}), 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        file.write(tensors[name].detach().contiguous().numpy().data)

@@ -122,6 +122,13 @@ class ExpertStore:
                 self._guesses.add(key)
                 self.coming[key] = self._reader.submit(self._read, key)
 
+    def wait(self) -> None:
+        """Until all that was guessed is read."""
+        with self._lock:
+            coming = list(self.coming.values())
+        for one in coming:
+            one.result()
+
     def _read(self, key: Key) -> None:
         self.file.read(*key, *self._at(key))
         with self._lock:
@@ -228,7 +235,7 @@ def slots_of(budget: str, file: ExpertFile, recipe: Recipe) -> int:
 
 def _bytes_of(budget: str, everything: int) -> float:
     text = budget.strip().upper()
-    units = {"%": everything / 100, **UNITS}
+    units = {"%": everything, **{unit: 100 * size for unit, size in UNITS.items()}}
     for unit, size in units.items():
         if text.endswith(unit):
             try:
@@ -236,5 +243,5 @@ def _bytes_of(budget: str, everything: int) -> float:
             except ValueError:
                 break
             if 0 < amount < float("inf"):
-                return amount * size
+                return amount * size / 100  # at the end, or 100% of 19 experts would hold 18
     raise UserError(f"--expert-budget {budget}: give a share or a size, such as 25% or 64MB")

@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nano_moe import recipe_file, runs
+from nano_moe.bench.file_cache import check_can_be_emptied
 from nano_moe.bench.machine import n_cores
 from nano_moe.config import Recipe
 from nano_moe.device import check_memory, choose_device
@@ -28,6 +29,7 @@ from nano_moe.errors import UserError
 from nano_moe.files import make_folder
 from nano_moe.studies.keys import run_key
 from nano_moe.studies.plan import Planned, train_flops
+from nano_moe.studies.schema import ALL
 from nano_moe.studies.worker import Job, work
 from nano_moe.text.store import prepare
 
@@ -149,13 +151,14 @@ def run_all(study: str, todo: Sequence[Task], *, workers: int | None = None) -> 
 
     Trainings go side by side, those that start from another after it, measurements one by one.
     Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when all workers have stopped with a
-    checkpoint.
+    checkpoint. Raises UserError where one of them would be of a cold cache that does not empty.
     """
     by_look = sorted(todo, key=lambda task: task.job.look is not None)  # a look counts as more
     distinct = {task.job.folder: task for task in by_look}
     waiting = [task for task in distinct.values() if not task.job.done]
     measured = [task for task in waiting if task.job.measure]
     trainings = [task for task in waiting if not task.job.measure]
+    _check_cold(measured)
     stages = [[task for task in trainings if bool(task.planned.source) == last] for last in (0, 1)]
     failed: dict[str, str] = {}
     with _alone() as lock, _Progress(study, list(distinct.values())) as progress, _stoppable():
@@ -163,6 +166,14 @@ def run_all(study: str, todo: Sequence[Task], *, workers: int | None = None) -> 
             failed |= _side_by_side(stage, workers or _workers(stage), progress, lock)
         failed |= _side_by_side(measured, 1, progress, lock)
     return failed
+
+
+def _check_cold(measured: Sequence[Task]) -> None:
+    """Before the trainings, and not after them."""
+    cold = [task.job.run.path for task in measured if task.job.expert_budget not in (None, ALL)]
+    for folder in {path.parent for path in cold}:
+        make_folder(folder)
+        check_can_be_emptied(folder)
 
 
 def run_here(todo: Sequence[Task]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nano_moe.bench.file_cache import check_can_be_emptied, check_left
 from nano_moe.bench.offload import Case, draw_weights, drawn_text, measure
 from nano_moe.evaluation import spread_windows
 from nano_moe.inference.decoding import Decoding
@@ -27,8 +28,11 @@ def decode(run: Run, budget: str) -> dict[str, Any]:
     """Memory, milliseconds per token with a warm and a cold cache of the file, and hits.
 
     Of weights as drawn, which lie in the run's folder meanwhile. Memory is what decoding holds of
-    its own; pages of the file, which the system may drop at any time, are not in it.
+    its own; pages of the file, which the system may drop at any time, are not in it. Raises
+    UserError where the cache does not empty.
     """
+    if budget != ALL:
+        check_can_be_emptied(run.path)
     draw_weights(run)
     case = Case(str(run.path), drawn_text(run.recipe()), None if budget == ALL else budget)
     try:
@@ -36,6 +40,7 @@ def decode(run: Run, budget: str) -> dict[str, Any]:
         cold: dict[str, Any] = (
             warm if case.budget is None else measure(dataclasses.replace(case, cold=True))
         )
+        check_left(cold["still cached"] or 0, run.path)
     finally:
         for name in (run.best.name, EXPERTS, REST):
             (run.path / name).unlink(missing_ok=True)

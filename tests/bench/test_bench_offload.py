@@ -1,22 +1,30 @@
 """What `bench offload` reports of one budget."""
 
+import mmap
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from nano_moe import runs
+from nano_moe.bench import offload
+from nano_moe.bench.file_cache import MOST_LEFT, check_can_be_emptied, empty
 from nano_moe.bench.offload import (
     PROMPT,
     SHARES,
     Case,
+    _row,
     _untrained,
     draw_weights,
     drawn_text,
     measure,
     shares_of,
 )
+from nano_moe.errors import UserError
 
+MEMORY = Path("/dev/shm")  # of Linux: a file system without a disk
 EVERYTHING = 4 * 8 * 3 * 16 * 32 * 4  # layers, experts, matrices, D, F, bytes
 
 
@@ -30,11 +38,58 @@ def test_everything_in_memory_misses_nothing_once_it_was_read(tmp_path):
     assert 0 <= some["hits"] < found["hits"] <= 1 and some["tokens/s"] > 0
 
 
+def test_a_cold_files_pages_are_not_in_the_systems_cache_unless_mapped(on_disk):
+    path = on_disk / "file"
+    with open(path, "wb") as file:
+        file.write(bytes(2**20))
+        os.fsync(file.fileno())
+    assert empty(path) == 0
+    path.read_bytes()
+    assert empty(path) == 0
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert mapped[:] == bytes(2**20)
+        assert empty(path) == 1
+    assert [one.name for one in on_disk.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not MEMORY.is_mount(), reason=f"no {MEMORY}")
+def test_a_file_in_memory_is_never_cold():
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        (Path(folder) / "file").write_bytes(bytes(2**20))
+        assert empty(Path(folder) / "file") == 1
+        with pytest.raises(UserError, match="100% of a file there stayed .* [(]tmpfs;"):
+            check_can_be_emptied(Path(folder))
+
+
+@pytest.mark.parametrize("empties", [True, False])
+def test_what_stayed_in_the_cache_is_told_and_no_warm_figure_is_called_cold(
+    on_disk, monkeypatch, empties
+):
+    run = _untrained(on_disk, quick=True)
+    monkeypatch.setattr(offload, "_apart", measure)
+    if not empties:
+        monkeypatch.setattr(os, "posix_fadvise", lambda *_: None)
+    row = _row(run, drawn_text(run.recipe()), budget="25%")
+    assert row["tokens/s, warm"] > 0
+    assert (row["still cached"] <= MOST_LEFT) == empties
+    assert (row["tokens/s, cold"] is not None) == empties
+    assert _row(run, drawn_text(run.recipe()), budget=None)["still cached"] is None
+
+
 def test_without_a_budget_there_is_no_file(tmp_path):
     run = _untrained(Path(tmp_path), quick=True)
     found = measure(Case(str(run.path), drawn_text(run.recipe()), budget=None))
     assert found["hits"] == 1 and found["experts, GB"] == pytest.approx(EVERYTHING / 1e9)
     assert not list(run.path.glob("*.safetensors"))
+
+
+def test_a_dense_run_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, dense_config, recipe_of
+):
+    run = runs.create(recipe_of(dense_config()), stem="run", name="dense", root=tmp_path)
+    monkeypatch.setattr(offload, "_untrained", lambda *_: pytest.fail("began"))
+    with pytest.raises(UserError, match="a dense run has no experts"):
+        offload.offload(True, str(run.path))
 
 
 def test_shares_that_hold_no_tokens_experts_are_left_out(tmp_path, moe_config, recipe_of):

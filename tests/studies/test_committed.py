@@ -45,7 +45,9 @@ def place():
 
 
 @by_name
-def test_a_study_runs_in_small_and_withholds_its_verdicts(found, place):
+def test_a_study_runs_in_small_and_withholds_its_verdicts(found, place, request):
+    if any(member.expert_budget for member in found.study.members.values()):
+        request.getfixturevalue("on_disk")
     threads = torch.get_num_threads()
     content = catalogue.smoke(found, place)
     assert torch.get_num_threads() == threads

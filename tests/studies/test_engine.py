@@ -46,6 +46,15 @@ def test_finished_runs_are_not_run_again_and_one_recipe_is_one_run(todo, monkeyp
     )
 
 
+def test_a_cache_that_does_not_empty_fails_before_any_training(todo, monkeypatch):
+    tasks = todo()
+    last = replace(tasks[-1], job=replace(tasks[-1].job, measure=True, expert_budget="25%"))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *_: None)
+    monkeypatch.setattr(engine, "_start", lambda *_: pytest.fail("began"))
+    with pytest.raises(UserError, match="cannot be timed"):
+        engine.run_all("study", [*tasks[:-1], last])
+
+
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 UPCYCLED = """    upcycled:
       recipe: {recipes}/mixtral.yaml

@@ -1,10 +1,13 @@
 """Decoding with experts on disk, as the study measures and counts it."""
 
+import os
+
 import pytest
 import torch
 
 from nano_moe import runs
-from nano_moe.bench.offload import draw_weights
+from nano_moe.bench.offload import draw_weights, measure
+from nano_moe.errors import UserError
 from nano_moe.evaluation import spread_windows
 from nano_moe.runs import load_model
 from nano_moe.studies import offloading
@@ -56,11 +59,42 @@ def test_hits_are_those_of_the_whole_decoders_choices(drawn, tiny_corpus):
     assert figures["guesses_right"] == ahead["guessed_right"] / ahead["guessed"] > 0
 
 
+def test_a_cache_that_does_not_empty_fails_first_and_is_never_recorded(drawn, monkeypatch):
+    monkeypatch.setattr(os, "posix_fadvise", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(offloading, "draw_weights", lambda run: pytest.fail("began"))
+        with pytest.raises(UserError, match="cannot be timed"):
+            offloading.decode(drawn, "50%")
+    monkeypatch.setattr(offloading, "check_can_be_emptied", lambda folder: None)
+    with pytest.raises(UserError, match="cannot be timed"):  # of what was measured
+        offloading.decode(drawn, "50%")
+    assert not list(drawn.path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("grown", "experts", "memory"), [(3, 1, 3), (0.5, 1, 1)])
+def test_memory_is_what_the_warm_reading_held(drawn, monkeypatch, grown, experts, memory):
+    row = {
+        "anonymous, GB": grown,
+        "experts, GB": experts,
+        "tokens/s": 1,
+        "hits": 1,
+        "still cached": None,
+    }
+    monkeypatch.setattr(offloading, "measure", lambda case: row)
+    assert offloading.decode(drawn, "all")["memory_gb"] == memory
+
+
 @pytest.mark.parametrize(("budget", "share"), [("all", 1), ("50%", 0.5), ("25%", 0.25)])
-def test_what_is_measured_is_of_the_budget_and_leaves_nothing(drawn, budget, share):
+def test_what_is_measured_is_of_the_budget_and_leaves_nothing(
+    on_disk, drawn, monkeypatch, budget, share
+):
+    rows = []
+    measured = lambda case: rows.append(measure(case)) or rows[-1]  # noqa: E731
+    monkeypatch.setattr(offloading, "measure", measured)
     found = offloading.decode(drawn, budget)
     experts = 3 * 4 * 3 * 16 * 16 * 4  # layers, experts, matrices, D, F, bytes
-    assert found["memory_gb"] >= experts * share / 1e9
+    assert {row["experts, GB"] for row in rows} == {experts * share / 1e9}
+    assert found["memory_gb"] == max(rows[0]["anonymous, GB"], experts * share / 1e9)
     assert found["half_speed_ms_per_token"] == pytest.approx(2 * found["decode_ms_per_token"])
     assert (found["hits"] == 1) == (budget == "all")
     assert (found["cold_ms_per_token"] == found["decode_ms_per_token"]) == (budget == "all")
