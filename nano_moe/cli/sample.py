@@ -83,8 +83,8 @@ def _load(run: Run, args: argparse.Namespace) -> tuple[GPT, int, ExpertStore | N
         return model, step, None
     from nano_moe.inference.offload import load_offloaded
 
-    policy = args.expert_policy or "lru"
-    _, model, step, store = load_offloaded(run, args.expert_budget, policy=policy)
+    budget = args.expert_budget
+    _, model, step, store = load_offloaded(run, budget, policy=args.expert_policy or "lru")
     return model, step, store
 
 
