@@ -133,7 +133,7 @@ def _larger(value: Any, small: Any, large: Any) -> Any:
     if not numbers or not small:
         return value
     ratio = value * large / small
-    return round(ratio) if isinstance(value, int) else float(f"{ratio:.6g}")
+    return max(1, round(ratio)) if isinstance(value, int) else float(f"{ratio:.6g}")
 
 
 def _of_grid(study: Study, value: float) -> float:
