@@ -32,7 +32,10 @@ def run(args: argparse.Namespace) -> int:
     found = runs.find(args.run)
     recipe = found.recipe(args.overrides)
     imported = found.is_untrained_import
-    _check_text(found) if imported else _check_unfinished(found, recipe)
+    if imported:
+        _check_text(found)
+    else:
+        _check_unfinished(found, recipe)
     if own_rank(recipe) == 0:
         print_count(str(found.recipe_file), accounting.count(recipe), to_stderr=args.json)
         if imported:
