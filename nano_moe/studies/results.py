@@ -243,13 +243,14 @@ def introduced(path: Path, rule: str) -> str | None:
     commits = _git(path, "log", "--format=%H", *files)
     oldest = None
     for commit in (commits or "").split():
-        if _rule_at(path, commit) != rule:
+        if rule_at(path, commit) != rule:
             break
         oldest = commit
     return oldest
 
 
-def _rule_at(path: Path, commit: str) -> str | None:
+def rule_at(path: Path, commit: str) -> str | None:
+    """The rule that a study file stated in a commit; None where it stated none."""
     text = _git(path, "show", f"{commit}:./{path.name}")
     if text is None:
         return None

@@ -78,7 +78,7 @@ def test_results_are_of_the_rule_that_the_file_states(found):
     ).stdout.strip()  # fmt: skip
     if shallow != "false":
         pytest.skip("no history here to look the rule up in")
-    assert content["rule_commit"] == results.introduced(found.path, found.study.rule)
+    assert results.rule_at(found.path, content["rule_commit"]) == found.study.rule
 
 
 @finished
