@@ -236,21 +236,23 @@ def _looks(done: Sequence[Task]) -> dict[str, dict[str, Any]]:
 # --- the rule ------------------------------------------------------------------------------------
 
 
-def introduced(path: Path, rule: str) -> str | None:
-    """The commit that brought a study file to this rule; None outside git, or if not committed."""
+def introduced(path: Path, rule: str, at: str = "HEAD") -> str | None:
+    """The commit that brought a study file to the rule that it has `at` a commit.
+
+    None outside git, and where it has another one there.
+    """
     base = recipe_file.parse(path.read_text(encoding="utf-8"), path.name).values.get("base")
-    files = ["--follow", "--", path.name] if base is None else ["--", path.name, base]
+    files = [at, "--follow", "--", path.name] if base is None else [at, "--", path.name, base]
     commits = _git(path, "log", "--format=%H", *files)
     oldest = None
     for commit in (commits or "").split():
-        if rule_at(path, commit) != rule:
+        if _rule_at(path, commit) != rule:
             break
         oldest = commit
     return oldest
 
 
-def rule_at(path: Path, commit: str) -> str | None:
-    """The rule that a study file stated in a commit; None where it stated none."""
+def _rule_at(path: Path, commit: str) -> str | None:
     text = _git(path, "show", f"{commit}:./{path.name}")
     if text is None:
         return None

@@ -70,15 +70,7 @@ def test_a_member_takes_the_best_rate_of_its_class(found):
 
 @finished
 def test_results_are_of_the_rule_that_the_file_states(found):
-    content = results.read(found.results)
-    assert content["rule"] == found.study.rule
-    shallow = subprocess.run(
-        ["git", "rev-parse", "--is-shallow-repository"],
-        cwd=found.path.parent, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
-    if shallow != "false":
-        pytest.skip("no history here to look the rule up in")
-    assert results.rule_at(found.path, content["rule_commit"]) == found.study.rule
+    assert results.read(found.results)["rule"] == found.study.rule
 
 
 @finished
@@ -120,8 +112,13 @@ def test_results_are_of_the_recipes_that_are_here(found):
 
 
 @finished
-def test_the_rule_was_committed_before_any_run_of_its_own_began(found):
-    """All but runs that another study has, too: those are older than this one may be."""
+def test_the_rule_was_in_force_when_its_own_runs_began(found):
+    """Unbroken from the commit that the results name to that of each run.
+
+    All but runs that another study has, too: those are older than this one may be.
+    """
+    if git("rev-parse", "--is-shallow-repository") != "false":
+        pytest.skip("no history here to look the rule up in")
     content = results.read(found.results)
     shared = {
         run["key"]
@@ -130,16 +127,16 @@ def test_the_rule_was_committed_before_any_run_of_its_own_began(found):
         for run in results.read(other.results)["runs"]
     }
     own = {run["git_commit"] for run in content["runs"] if run["key"] not in shared}
-    after = [
-        subprocess.run(
-            ["git", "merge-base", "--is-ancestor", content["rule_commit"], commit],
-            cwd=found.path.parent, capture_output=True,
-        ).returncode
-        for commit in {commit.removesuffix("+dirty") for commit in own}
-    ]  # fmt: skip
-    if 128 in after:
-        pytest.skip("no history here to look the commits up in")
-    assert set(after) <= {0}
+    rule, named = found.study.rule, content["rule_commit"]
+    assert git("merge-base", "--is-ancestor", named, "HEAD") is not None
+    for commit in {commit.removesuffix("+dirty") for commit in own}:
+        assert results.introduced(found.path, rule, commit) == named
+
+
+def git(*arguments):
+    """What it says; None where it fails."""
+    done = subprocess.run(["git", *arguments], cwd=catalogue.STUDIES, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 @finished
