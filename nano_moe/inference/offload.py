@@ -235,13 +235,13 @@ def slots_of(budget: str, file: ExpertFile, recipe: Recipe) -> int:
 
 def _bytes_of(budget: str, everything: int) -> float:
     text = budget.strip().upper()
-    units = {"%": everything, **{unit: 100 * size for unit, size in UNITS.items()}}
-    for unit, size in units.items():
+    for unit, size in {"%": everything, **UNITS}.items():
         if text.endswith(unit):
             try:
                 amount = float(text.removesuffix(unit))
             except ValueError:
                 break
             if 0 < amount < float("inf"):
-                return amount * size / 100  # at the end, or 100% of 19 experts would hold 18
+                # Divided last: a hundredth of 19 experts, a hundred times, is less than 19.
+                return amount * size / (100 if unit == "%" else 1)
     raise UserError(f"--expert-budget {budget}: give a share or a size, such as 25% or 64MB")

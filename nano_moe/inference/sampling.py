@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from nano_moe.errors import UserError
@@ -78,7 +78,7 @@ def draw(
 @kernel
 def _largest(logits: Any, tokens: Any) -> None:
     """Where the first largest of each row is; -1 where a sum over the row is not finite."""
-    for b in prange(len(logits)):
+    for b in range(len(logits)):
         row, total = logits[b], 0.0
         for v in range(len(row)):
             total += row[v]

@@ -91,22 +91,20 @@ def _contrary(verdict: str) -> str:
     return " (the contrary holds)" if verdict == "reversed" else ""
 
 
-def final_verdicts(content: Mapping[str, Any], again: Mapping[str, Any] | None) -> list[str]:
-    """A verdict per claim; one that a second draw does not confirm is undecided."""
-    return [final for _, final, _ in claims(content, again)]
-
-
 def claims(
     content: Mapping[str, Any], again: Mapping[str, Any] | None
 ) -> Iterator[tuple[Mapping[str, Any], str, str]]:
-    """Each comparison, its final verdict, and its gain: of both draws where these disagree."""
+    """Each comparison, its final verdict, and its gain: of both draws where these disagree.
+
+    A verdict that a second draw does not confirm is undecided.
+    """
     for number, one in enumerate(content["comparisons"]):
         other = one if again is None else again["comparisons"][number]
         if one["verdict"] == other["verdict"]:
             yield one, one["verdict"], gain(one)
         else:
             draws = (f"{gain(draw)}: {draw['verdict']}" for draw in (one, other))
-            yield one, UNDECIDED, f"{'; a second draw: '.join(draws)}"
+            yield one, UNDECIDED, "; a second draw: ".join(draws)
 
 
 def _both_draws(content: Mapping[str, Any], again: Mapping[str, Any]) -> str:

@@ -197,9 +197,11 @@ def _part(folder: Path, config: str | None) -> dict[str, Any]:
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
 
+    if config is None:
+        return {"path": str(folder)}
     card = folder / "README.md"
     content = DatasetCard.load(card).data if card.is_file() else {}
-    told = MetadataConfigs.from_dataset_card_data(content).get(config or "", {})
+    told = MetadataConfigs.from_dataset_card_data(content).get(config, {})
     if "data_files" in told:
         files = sanitize_patterns(told["data_files"])
         return {"path": str(folder), "name": config, "data_files": files}
