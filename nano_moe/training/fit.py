@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import torch
@@ -143,26 +144,38 @@ def prepare_run(
 
     Its checkpoint and step, None for a new run and for imported weights that begin as one.
     """
-    if resume and run.is_untrained_import:
-        check_corpus(run, corpus)
-        check_recipe(run, recipe, read_checkpoint(run.best))
-        imported = {"imported": run.manifest()["imported"]}
-    elif resume:
-        check_corpus(run, corpus)
-        if ranks.leads():
-            remove_torn(run.path)
-        path, checkpoint, warning = newest(run)
-        check_recipe(run, recipe, checkpoint)
-        if warning is not None and ranks.leads():
-            log.warning(warning)
-        return str(path), int(checkpoint["global_step"])
-    else:
-        imported = {}
+    if resume and not run.is_untrained_import:
+        return _check_begun(run, recipe, corpus)
+    imported = _check_import(run, recipe, corpus) if resume else {}
     if ranks.leads():
         corpus.tokenizer.save(run.tokenizer_file)
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         write_json(run.manifest_file, describe(recipe, corpus=corpus, device=name) | imported)
     return None, None
+
+
+def _check_begun(run: Run, recipe: Recipe, corpus: Corpus) -> tuple[str, int]:
+    check_corpus(run, corpus)
+    if ranks.leads():
+        remove_torn(run.path)
+    path, checkpoint, warning = newest(run)
+    check_recipe(run, recipe, checkpoint)
+    if warning is not None and ranks.leads():
+        log.warning(warning)
+    return str(path), int(checkpoint["global_step"])
+
+
+def _check_import(run: Run, recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
+    """What the run's manifest is to keep of where its weights are from."""
+    check_corpus(run, corpus)
+    checkpoint = read_checkpoint(run.best)
+    check_recipe(run, recipe, checkpoint)
+    if "loops" in checkpoint and checkpoint["global_step"] > 0:
+        raise UserError(
+            f"{run.best}: was trained to step {checkpoint['global_step']} already, and no "
+            f"{run.last.name} is left to go on from; import the folder anew"
+        )
+    return {"imported": run.manifest()["imported"]}
 
 
 def check_started(recipe: Recipe) -> None:

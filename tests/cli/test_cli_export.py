@@ -176,6 +176,9 @@ def test_imported_weights_are_trained_on_and_stop_and_resume_like_any(shop, monk
             for run in ("out", "broken")
         )
         assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    for path in (whole.last, whole.previous):  # what is left was trained, and is no import any more
+        path.unlink(missing_ok=True)
+    assert "was trained to step" in shop.fault("resume", "out")
 
 
 def test_training_that_makes_imported_weights_worse_keeps_them_as_the_best(shop):
