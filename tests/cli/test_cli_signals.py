@@ -13,7 +13,6 @@ import torch
 from nano_moe.training.module import Decoder
 
 ENDLESS = ("trainer.steps=1000000", "trainer.val_every=1000000", "trainer.save_every=1000000")
-PATIENCE = 300  # seconds; the machine may be busy
 
 
 def stop_after_some_steps(arguments: list[str], number: int) -> tuple[int, str]:
@@ -27,14 +26,14 @@ def stop_after_some_steps(arguments: list[str], number: int) -> tuple[int, str]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if metrics.exists() and metrics.stat().st_size > before + 60:
             process.send_signal(number)
             break
         time.sleep(0.02)
     try:
-        _, err = process.communicate(timeout=PATIENCE)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
     return process.returncode, err

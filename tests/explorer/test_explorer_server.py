@@ -287,7 +287,7 @@ def test_ctrl_c_ends_it_cleanly_whatever_is_under_way(here):
             process.send_signal(signal.SIGINT)
             process.wait(60)
             left = b"".join(iter(lambda: connection.recv(65536), b""))
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0, err

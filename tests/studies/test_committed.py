@@ -135,7 +135,9 @@ def test_the_rule_was_in_force_when_its_own_runs_began(found):
 
 def git(*arguments):
     """What it says; None where it fails."""
-    done = subprocess.run(["git", *arguments], cwd=catalogue.STUDIES, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", *arguments], cwd=catalogue.STUDIES, capture_output=True, text=True
+    )
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -130,7 +130,7 @@ def test_a_worker_stops_with_a_checkpoint_when_its_parent_is_gone(todo):
     with pytest.raises(UserError, match="a stopped one still saves"), engine._alone():
         pass  # it would train the same run in the same folder
     process.stdin.close()
-    assert process.wait(timeout=300) == 128 + signal.SIGTERM
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert task.job.run.last.is_file() and not task.job.result.is_file()
 
 
@@ -259,7 +259,7 @@ def test_a_stopped_study_leaves_checkpoints_and_no_worker(written, small, tmp_pa
             time.sleep(0.1)
             assert study.poll() is None
         study.send_signal(number)
-        assert study.wait(timeout=300) == (130 if number != signal.SIGKILL else -signal.SIGKILL)
+        assert study.wait(timeout=60) == (130 if number != signal.SIGKILL else -signal.SIGKILL)
     finally:
         study.kill()
     for _ in range(600):

@@ -276,7 +276,7 @@ def test_two_processes_at_once(data, tmp_path):
     for process in both:
         process.stdin.write("go\n")
         process.stdin.flush()
-    outputs = [process.communicate(timeout=300) for process in both]
+    outputs = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert len({out for out, _ in outputs}) == 1
     apart = shared.model_copy(update={"cache": str(tmp_path / "apart")})
