@@ -102,7 +102,7 @@ def _stream(prompt: str, pieces: Iterable[str]) -> None:
     print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
-    print()
+    print(flush=True)
 
 
 def _together(n: int, pieces: Iterable[tuple[int, str]]) -> list[str]:
