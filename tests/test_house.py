@@ -26,6 +26,7 @@ KNOWS = {
     "footprint": {"accounting"},
     "device": {"accounting"},
     "memory": set(),
+    "plotting": set(),
     "text": set(),
     "runs": {"accounting", "recipe_file", "model", "text"},
     "comparison": {"runs"},

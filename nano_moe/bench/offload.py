@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 
 from nano_moe import recipe_file, runs
 from nano_moe.bench.file_cache import MOST_LEFT, empty
+from nano_moe.bench.offload_figure import draw
 from nano_moe.bench.recipes import FOLDER, QUICK, RandomTokens, prepared
 from nano_moe.bench.report import Report, Row
 from nano_moe.config import Recipe
@@ -72,15 +74,16 @@ class Case:
 def offload(quick: bool, run: str | None = None) -> Report:
     named = [] if run is None else [runs.find(run)]
     trained = [(one, shares_of(one), _validation_text(one)) for one in named]  # their faults first
-    rows: list[Row] = []
+    per_run: list[list[Row]] = []
     with tempfile.TemporaryDirectory(prefix="nano-moe-offload-") as folder:
         untrained = _untrained(Path(folder), quick)
         drawn = (untrained, shares_of(untrained), drawn_text(untrained.recipe()))
         for one, shares, text in (drawn, *trained):
-            rows += [_row(one, text, budget=None)]
+            rows = [_row(one, text, budget=None)]
             rows += [_row(one, text, budget=f"{share}%") for share in shares]
             rows += [_row(one, text, budget="50%", **changes) for changes in VARIANTS]
-    return Report("experts on disk", rows, NOTES)
+            per_run.append(rows)
+    return Report("experts on disk", list(chain(*per_run)), NOTES, figure=draw(per_run))
 
 
 def shares_of(run: Run) -> list[float]:

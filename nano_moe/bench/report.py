@@ -15,12 +15,16 @@ Row = dict[str, Value]
 
 @dataclass(frozen=True)
 class Report:
-    """Rows with the same keys that follow each other are one table; a key names its unit."""
+    """Rows with the same keys that follow each other are one table; a key names its unit.
+
+    `figure` is a PNG file of them, where a benchmark draws one.
+    """
 
     title: str
     rows: Sequence[Row]
     notes: Sequence[str] = ()
     machine: dict[str, Any] = field(default_factory=describe_machine)
+    figure: bytes | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; a spread is {"lower", "median", "upper"}."""

@@ -25,6 +25,7 @@ BENCHMARKS = (
     "offload", "comm",
 )  # fmt: skip
 OPTIONS = {"peers": "litgpt_python", "prepare": "megabytes", "offload": "run"}  # of one each
+DRAWN = {"offload"}  # these leave a PNG beside their JSON
 FOLDER = runs.ROOT / "bench"
 MARK = "nano_moe_bench"  # a key of every file that this verb writes
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag}: bench {args.name} has no use for it; drop it")
     stem = f"{args.name}-quick" if args.quick else args.name
     out = Path(args.out) if args.out is not None else FOLDER / f"{stem}.json"
-    check_out(out)
+    check_out(out, out.with_suffix(".png") if args.name in DRAWN else None)
     from nano_moe.bench.machine import get_ready
 
     get_ready(args.threads)
@@ -68,11 +69,15 @@ def run(args: argparse.Namespace) -> None:
     content |= report.as_json()
     files.make_folder(out.parent)
     files.write_text(out, json.dumps(finite(content), indent=1) + "\n")
+    if report.figure:
+        with files.replacing(out.with_suffix(".png")) as file:
+            file.write(report.figure)
     if args.json:
         print_json(content)
     else:
         _print(report)
-    print(f"written to {out}", file=sys.stderr)
+    drawn = f", drawn in {out.with_suffix('.png')}" if report.figure else ""
+    print(f"written to {out}{drawn}", file=sys.stderr)
 
 
 def _without_targets(report: Report) -> Report:
@@ -84,8 +89,10 @@ def _without_targets(report: Report) -> Report:
     return dataclasses.replace(report, rows=rows)
 
 
-def check_out(path: Path) -> None:
+def check_out(path: Path, figure: Path | None) -> None:
     """Raises UserError where the result could not be written, or would replace another file."""
+    if figure and (path == figure or figure.exists() and not path.exists()):
+        raise UserError(f"--out {path}: its figure would replace {figure}; name another file")
     if path.exists():
         if not _is_ours(path):
             raise UserError(f"--out {path}: exists and is no result of bench; name another file")

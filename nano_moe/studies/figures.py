@@ -1,12 +1,7 @@
-"""One figure per study, from its results alone: the gains, and beside them what they came from.
-
-Colours of Okabe and Ito, told apart by colour-blind eyes; line styles and markers tell them apart
-in grey.
-"""
+"""One figure per study, from its results alone: the gains, and beside them what they came from."""
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import statistics
@@ -17,23 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-HATCHES = ("", "//", "..")
-WIDTH, ROW, DPI = 9.0, 0.65, 100  # inches, and dots per inch
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
+from nano_moe.plotting import COLOURS, HATCHES, LINES, MARKERS, STYLE, png
+
+WIDTH, ROW = 9.0, 0.65  # inches
 
 
 def draw(content: Mapping[str, Any], kind: str) -> bytes:
     """A study's figure as PNG, `kind` being the study's `figure`."""
     panel = PANELS[kind]
-    out = io.BytesIO()
     with context(STYLE):
         if kind == "grid":
             figure = Figure(figsize=(WIDTH * 0.6, 3.2), layout="constrained")
@@ -45,8 +31,7 @@ def draw(content: Mapping[str, Any], kind: str) -> bytes:
             left, right = figure.subplots(1, 2, width_ratios=(1, 2.2 if wide else 1))
             _gains(left, content["comparisons"])
             panel(right, content)
-        figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
-    return out.getvalue()
+        return png(figure)
 
 
 def _gains(axes: Axes, comparisons: Sequence[Mapping[str, Any]]) -> None:
@@ -76,7 +61,7 @@ def _wrapped(text: str, width: int = 34) -> str:
 
 
 def _look(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "ls": STYLES[number % len(STYLES)], "lw": 1.5}
+    return {"color": COLOURS[number % len(COLOURS)], "ls": LINES[number % len(LINES)], "lw": 1.5}
 
 
 def _legend(axes: Axes) -> None:
@@ -302,7 +287,7 @@ def _specialization(axes: Axes, content: Mapping[str, Any]) -> None:
             means = [statistics.fmean(column) for column in zip(*shares, strict=True)]
             lower.plot(
                 saturations[0]["steps"], means, color=COLOURS[number % len(COLOURS)],
-                ls=STYLES[layer % len(STYLES)], lw=1,
+                ls=LINES[layer % len(LINES)], lw=1,
             )  # fmt: skip
     upper.set_xticks(range(len(next(iter(runs.values()))["layers"])))
     upper.set_xlabel("layer")

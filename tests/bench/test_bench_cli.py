@@ -106,3 +106,20 @@ def test_cells():
     assert cell(1.03456) == "1.035" and cell("a") == "a"
     assert cell((1.0, 1.5044, 2.25)) == "1.5 (1–2.25)"
     assert cell((999.4, 1234.5, 12345.0)) == "1,234 (999–12,345)"
+
+
+def test_a_figure_lies_beside_its_result_and_replaces_no_file_of_others(
+    verb, fault, tmp_path, monkeypatch
+):
+    from nano_moe.bench import offload
+
+    drawn = Report("made up", [{"a": 1}], figure=b"a figure")
+    monkeypatch.setattr(offload, "offload", lambda *_, **__: drawn)
+    assert "would replace mine.png" in fault("offload", "--out", "mine.png")
+    (tmp_path / "mine.png").write_bytes(b"a holiday")
+    assert "would replace mine.png" in fault("offload", "--out", "mine.json")
+    for _ in range(2):  # our own may be replaced
+        status, _, err = verb("offload", "--out", "ours.json")
+        assert status == 0 and "drawn in ours.png" in err
+        assert (tmp_path / "ours.png").read_bytes() == drawn.figure
+    assert (tmp_path / "mine.png").read_bytes() == b"a holiday"

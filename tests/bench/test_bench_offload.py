@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from nano_moe import runs
-from nano_moe.bench import offload
+from nano_moe.bench import offload, offload_figure
 from nano_moe.bench.file_cache import MOST_LEFT, check_can_be_emptied, empty
 from nano_moe.bench.offload import (
     PROMPT,
@@ -105,3 +106,36 @@ def test_the_text_is_of_many_tokens_and_of_its_seed(tmp_path):
     text = drawn_text(recipe)
     assert len(text) == recipe.model.context > PROMPT and len(set(text)) > len(text) // 2
     assert text == drawn_text(recipe) != drawn_text(recipe.model_copy(update={"seed": 1}))
+
+
+def test_its_figure_has_a_row_of_panels_per_run_and_a_bar_and_point_per_budget(monkeypatch):
+    figures: list[Figure] = []
+    monkeypatch.setattr(offload_figure, "png", lambda figure: figures.append(figure) or b"")
+    runs_rows = [[_made_up(run, None), _made_up(run, 10), _made_up(run, 50), {
+        **_made_up(run, 50), "policy": "lfu", "hits": 0.7,
+    }] for run in ("untrained-1", "trained")]  # fmt: skip
+    runs_rows[0][1]["tokens/s, cold"] = None  # not measured
+    offload_figure.draw(runs_rows)
+    (figure,) = figures
+    assert len(figure.axes) == 6
+    memory, hits, speed = figure.axes[:3]
+    assert [bar.get_height() for bar in memory.patches] == pytest.approx([0.1, 0.5, 0.25, 0.25])
+    lines = {str(line.get_label()): line.get_xydata().tolist() for line in hits.lines}
+    assert lines["lru, read ahead"] == [[10, 0.1], [50, 0.5]] and lines["lfu"] == [[50, 0.7]]
+    lines = {str(line.get_label()): line.get_xydata().tolist() for line in speed.lines}
+    assert lines["warm cache of the file"] == [[10, 20], [50, 100]]
+    assert lines["cold cache of the file"] == [[50, 50]]
+
+
+def _made_up(run, budget):
+    share = (budget or 100) / 100
+    return {
+        "run": run,
+        "budget": f"{budget}%" if budget else "none",
+        "policy": "lru, read ahead" if budget else None,
+        "anonymous, GB": share,
+        "from files, GB": 0.25,
+        "hits": share,
+        "tokens/s, warm": 200 * share,
+        "tokens/s, cold": 100 * share,
+    }
