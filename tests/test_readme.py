@@ -17,12 +17,16 @@ from nano_moe.evaluation import evaluate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ROOMS = ("nano_moe/bench", "nano_moe/model", "recipes", "recipes/clock", "recipes/schemes")
+ROOMS = (
+    *("data", "nano_moe/bench", "nano_moe/export", "nano_moe/inference", "nano_moe/model"),
+    *("nano_moe/tasks", "nano_moe/training", "recipes", "recipes/clock", "recipes/gpu"),
+    "recipes/schemes",
+)
 PAGES = "".join((ROOT / room / "README.md").read_text(encoding="utf-8") for room in ROOMS)
 SCHEMES = (ROOT / "nano_moe/model/README.md").read_text(encoding="utf-8")
 TRAPS = (ROOT / "tests" / "test_traps.py").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-COMMANDS = [line for block in README.split("```")[1::2] for line in block.splitlines()]
+COMMANDS = [line for block in (README + PAGES).split("```")[1::2] for line in block.splitlines()]
 
 
 def test_every_make_target_it_names_exists():
@@ -39,8 +43,9 @@ def test_every_verb_is_in_it():
 def test_every_path_it_names_exists():
     named = re.findall(r"\b(?:recipes|tests|nano_moe|data)/[\w./-]*\w", README + PAGES)
     assert len(named) > 20
+    made = "data/embedded-"  # by whoever prepares text
     missing = [path for path in named if not (ROOT / path).exists()]
-    assert missing == []
+    assert [path for path in missing if not path.startswith(made)] == []
 
 
 READING = [

@@ -136,17 +136,24 @@ def test_t02_mistake():
         assert_sees_collapsed_layers(concatenated)
 
 
-# T3: the floor of the loss is 1 for every top_k
+# T3: even loads cost 1 for every top_k
 
 
-def assert_floor_is_one(loss) -> None:
+def assert_even_loads_cost_one(loss) -> None:
     for top_k in (1, 2, 4, 8):
         counts, probs = torch.full((8,), 10 * top_k), torch.full((80, 8), 1 / 8)
         assert abs(loss(counts=counts, probs=probs) - 1) < 1e-6
 
 
-def test_t03_floor_is_one_for_every_top_k():
-    assert_floor_is_one(load_balancing_loss)
+def test_t03_even_loads_cost_one_for_every_top_k():
+    assert_even_loads_cost_one(load_balancing_loss)
+
+
+def test_t03_one_is_no_floor_where_counts_and_probabilities_disagree():
+    probs = torch.tensor([[0.51, 0.49]] * 6 + [[0.0, 1.0]] * 4)
+    counts = torch.bincount(probs.argmax(-1))  # 6 and 4
+    expected = 2 * (0.6 * 0.306 + 0.4 * 0.694)
+    assert abs(load_balancing_loss(counts=counts, probs=probs) - expected) < 1e-6 < 1 - expected
 
 
 def test_t03_mistake():
@@ -154,7 +161,7 @@ def test_t03_mistake():
         return len(counts) * (counts / len(probs) * probs.mean(0)).sum()
 
     with mistake:
-        assert_floor_is_one(not_divided_by_k)
+        assert_even_loads_cost_one(not_divided_by_k)
 
 
 # T4: P_i is the whole distribution over experts, and sums to 1 whatever the scores' size

@@ -206,11 +206,9 @@ def _print(content: dict[str, Any], args: argparse.Namespace) -> None:
             figure(one["mean"]),
             f"{figure(one['low'])} to {figure(one['high'])}",
             str(one["n"]),
-            figure(one["smallest_seen"]),
+            figure(one["detectable"]),
             one["verdict"],
         )
         for one in content["comparisons"]
     ]
-    print_table(
-        content["study"], ("claim", "gain", "95 %", "n", "could have seen", "verdict"), rows
-    )
+    print_table(content["study"], ("claim", "gain", "95 %", "n", "detectable", "verdict"), rows)

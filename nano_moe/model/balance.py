@@ -12,10 +12,11 @@ from torch import Tensor
 
 
 def load_balancing_loss(*, counts: Tensor, probs: Tensor) -> Tensor:
-    """E * sum_i f_i P_i of one layer: 1 when balanced, E when one expert takes everything.
+    """E * sum_i f_i P_i of one layer: 1 at even loads, E when one expert takes everything.
 
-    f_i is the share of all N*K assignments that expert i got, so the floor is 1 for every top_k;
-    it is a count and carries no gradient. P_i is the mean full probability of expert i.
+    f_i is the share of all N*K assignments that expert i got, so even loads cost 1 for every top_k;
+    less than 1 is possible where counts and probabilities disagree. f_i is a count and carries no
+    gradient. P_i is the mean full probability of expert i.
     counts (..., E), probs (..., N, E); scalar, the mean over leading dimensions: with one row per
     sequence it is the sequence-wise loss (DeepSeek-V3 2024, eq. 17-20), with the
     counts of a whole step the global-batch loss (Qiu et al. 2025). Fedus et al. 2021

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 
 from nano_moe.plotting import COLOURS, HATCHES, LINES, MARKERS, STYLE, png
+from nano_moe.studies.units import unit_of
 
 WIDTH, ROW = 9.0, 0.65  # inches
 
@@ -35,20 +36,27 @@ def draw(content: Mapping[str, Any], kind: str) -> bytes:
 
 
 def _gains(axes: Axes, comparisons: Sequence[Mapping[str, Any]]) -> None:
-    """A row per comparison: its mean and interval in units of the smallest effect claimed."""
+    """A row per comparison: its mean and interval, and in grey what is too small to claim.
+
+    In the figure's unit where all share one, else over the smallest effect worth claiming.
+    """
+    units = {"a factor" if one["relative"] else unit_of(one) for one in comparisons}
+    shared = len(units) == 1 and not any(one["relative"] for one in comparisons)
     for row, one in enumerate(reversed(comparisons)):
         effect = one["smallest_effect"]
         effect = math.log1p(effect) if one["relative"] else effect
-        mean = one["mean"] / effect
-        low, high = (mean if one[b] is None else one[b] / effect for b in ("low", "high"))
+        scale = 1.0 if shared else effect
+        mean = one["mean"] / scale
+        low, high = (mean if one[b] is None else one[b] / scale for b in ("low", "high"))
+        axes.barh(row, 2 * effect / scale, 0.9, -effect / scale, color="0.9")
         axes.plot([low, high], [row, row], color=COLOURS[0], lw=2)
         axes.plot([mean], [row], "o", color=COLOURS[0])
     labels = [_wrapped(one["says"]) for one in reversed(comparisons)]
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(-0.6, len(labels) - 0.4)
     axes.axvline(0, color="0.5", lw=1)
-    axes.axvspan(-1, 1, color="0.9", lw=0)
-    axes.set_xlabel("gain (95 %) over the smallest effect claimed;\ngrey: too small to claim")
+    name = f"gain, {units.pop()}" if shared else "gain ÷ smallest effect worth claiming"
+    axes.set_xlabel(f"{name};\nline: 95 % interval; grey: too small to claim")
 
 
 def _wrapped(text: str, width: int = 34) -> str:
@@ -79,21 +87,27 @@ def _band(
 
 
 def _curves(axes: Axes, content: Mapping[str, Any]) -> None:
-    """Training loss of tokens not seen before, and below it the leads over the first member.
+    """Where each run's validation loss ended, and below it how training led over the first member.
 
-    Bands over seeds; the first fifth of the loss and the first tenth of the leads is left out.
+    Bands over seeds, of training loss on tokens not seen before, without their first tenth.
     """
-    (upper,), (lower,) = _panels(axes, 2, 1)
-    for axis, name, part in ((upper, "curves", 5), (lower, "leads", 10)):
-        for member, band in content[name].items():
-            start = len(band["at"]) // part
-            number = list(content["curves"]).index(member)
-            _band(axis, number, member, [at / 1e6 for at in band["at"]][start:], band)
-    upper.set_ylabel("training CE,\nnats per token")
-    lower.set_ylabel(f"lead over {next(iter(content['curves']))},\nnats per token")
+    (upper,), (lower,) = _panels(axes, 2, 1, sharex=False, sharey=False)
+    members = list(content["curves"])
+    for row, member in enumerate(members):
+        losses = _of_member(content, member, "ce")
+        look: dict[str, Any] = {"color": COLOURS[row % len(COLOURS)], "ls": ""}
+        upper.plot(losses, [row] * len(losses), marker="o", mfc="none", ms=5, **look)
+        upper.plot([statistics.fmean(losses)], [row], marker="|", ms=16, mew=2, **look)
+    upper.set_yticks(range(len(members)), members)
+    upper.set_ylim(len(members) - 0.5, -0.5)
+    upper.set_xlabel("validation CE, nats per token;\ncircles: seeds, bar: their mean")
+    for member, band in content["leads"].items():
+        at = [at / 1e6 for at in band["at"]][len(band["at"]) // 10 :]
+        _band(lower, members.index(member), member, at, band)
+    lower.set_ylabel(f"lead over {members[0]}\nin training")
     lower.axhline(0, color="0.5", lw=1)
     lower.set_xlabel("million tokens")
-    _legend(upper)
+    _legend(lower)
 
 
 def _flops(axes: Axes, content: Mapping[str, Any]) -> None:
@@ -147,13 +161,15 @@ def _balance(axes: Axes, content: Mapping[str, Any]) -> None:
     figure_of.legend(handles, labels, loc="outside upper right", ncols=len(labels))
 
 
-def _panels(axes: Axes, rows: int, columns: int, *, sharex: bool = True) -> list[list[Axes]]:
-    """Small axes in place of one, scales shared along rows and, where not said, columns."""
+def _panels(
+    axes: Axes, rows: int, columns: int, *, sharex: bool = True, sharey: bool = True
+) -> list[list[Axes]]:
+    """Small axes in place of one, scales shared along columns and rows where not said."""
     figure, place = axes.get_figure(), axes.get_subplotspec()
     assert figure is not None and place is not None
     axes.remove()
     grid = place.subgridspec(rows, columns)
-    panels = grid.subplots(sharex=sharex, sharey="row", squeeze=False)
+    panels = grid.subplots(sharex=sharex, sharey="row" if sharey else False, squeeze=False)
     return [list(row) for row in panels]
 
 
@@ -203,7 +219,7 @@ def _over_first(axes: Axes, content: Mapping[str, Any], figures: Mapping[str, st
             color=COLOURS[number % len(COLOURS)], edgecolor="black", hatch=HATCHES[number % 3],
         )  # fmt: skip
     axes.set_xticks(range(len(figures)), list(figures.values()))
-    axes.set_ylabel(f"times {members[0]}")
+    axes.set_ylabel(f"relative to: {members[0]}")
     _legend(axes)
 
 
@@ -244,9 +260,12 @@ def _trend(axes: Axes, content: Mapping[str, Any]) -> None:
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.minorticks_off()
     axes.set_xlabel(trend["per"].removeprefix("doubling of "))
-    axes.set_ylabel("lead, nats per token" if several else "gain, nats per token, a line per seed")
     if several:
+        axes.set_ylabel("lead, nats per token")
         _legend(axes)
+    else:
+        axes.set_ylabel(f"gain over {xs[0]:g}, nats per token: a line per seed")
+        axes.axhline(0, color="0.5", lw=1)
 
 
 def _line_name(x: str, members: str | Sequence[str]) -> str:
@@ -282,17 +301,17 @@ def _specialization(axes: Axes, content: Mapping[str, Any]) -> None:
                 color=COLOURS[number % len(COLOURS)], label=f"{member}: {name}",
             )  # fmt: skip
         saturations = [run["saturation"] for run in runs.values()]
-        by_layer = zip(*(one["layers"] for one in saturations), strict=True)
-        for layer, shares in enumerate(by_layer):
-            means = [statistics.fmean(column) for column in zip(*shares, strict=True)]
-            lower.plot(
-                saturations[0]["steps"], means, color=COLOURS[number % len(COLOURS)],
-                ls=LINES[layer % len(LINES)], lw=1,
-            )  # fmt: skip
+        shares = [layer for one in saturations for layer in one["layers"]]
+        columns = list(zip(*shares, strict=True))
+        _band(
+            lower, number, member, saturations[0]["steps"],
+            {"mean": list(map(statistics.fmean, columns)), "low": list(map(min, columns)),
+             "high": list(map(max, columns))},
+        )  # fmt: skip
     upper.set_xticks(range(len(next(iter(runs.values()))["layers"])))
     upper.set_xlabel("layer")
     upper.set_ylabel("bits about the expert,\nabove shuffled labels")
-    lower.set_xlabel("step; a line per layer")
+    lower.set_xlabel("step; range over layers and seeds")
     lower.set_ylabel("choices that are final")
     _legend(upper)
 

@@ -11,7 +11,7 @@ from nano_moe.files import replacing, write_text
 from nano_moe.studies import results
 from nano_moe.studies.catalogue import STUDIES, Found, check_rule, everything
 from nano_moe.studies.figures import draw
-from nano_moe.studies.sections import claims, could_have_seen, section
+from nano_moe.studies.sections import claims, detectable, section
 from nano_moe.studies.tables import table
 
 BEGIN, END = "<!-- verdicts: written by make report -->", "<!-- end of verdicts -->"
@@ -21,23 +21,32 @@ HEAD = """# Results
 
 Written by `make report` from the results files beside it; every figure comes from a run of this
 repository (`make reproduce`). A gain is positive, a factor (×) above 1, where the claim says so.
-*Reproduced*: the 95 % interval of the gain excludes 0 and its mean is at least the smallest
-effect that the study's file names; *reversed*: the same on the other side; *not reproduced*: the
-interval lies within that effect on either side; else *undecided at this scale*. Intervals are
-Student's t over differences paired by seed, each for itself: of many claims, one in twenty would
-seem to show something if none did. *Could have seen*: the smallest mean that this n and spread tell
-from zero. Losses are of the whole validation split, mean ± standard deviation over seeds. Memory is
-a median: what a process came to hold beyond what it held at its start. In bf16 it includes products
-that oneDNN compiles for experts as loads wander, so that experts may hold more than in fp32. bf16
-is autocast over fp32 weights (see Precision). Studies share runs: a recipe is trained once per
-seed on a machine, whichever claims it bears on; on another it ends elsewhere by rounding, and each
-study names its own.
+
+- *Reproduced*: the 95 % interval of the gain excludes zero, and its mean reaches the smallest
+  effect that the study's file named before the runs. *Reversed*: the same on the other side. *Not
+  reproduced*: the whole interval is smaller than that effect. *Undecided at this scale*: none of
+  these; more runs, or longer ones, could tell.
+- Intervals are Student's t over differences paired by seed, each for itself: of many claims, one in
+  twenty would seem to show something if none did.
+- *Detectable*: the smallest true gain whose interval would exclude zero four times in five, at this
+  n and spread.
+- Losses are of the whole validation split, mean ± standard deviation over seeds.
+- `max_vio` is the load of the busiest expert over the mean, minus 1; `max_share` its share of all
+  assignments; `starved_experts` get less than a tenth of an even share, `dead_experts` nothing;
+  `load_entropy` is 1 when loads are even.
+- Memory is a median: what a process came to hold beyond what it held at its start. In bf16 it
+  includes products that oneDNN compiles for experts as loads wander, so that experts may hold more
+  than in fp32. bf16 is autocast over fp32 weights (see Precision).
+- Studies share runs: a recipe is trained once per seed on a machine, whichever claims it bears on.
+  On another machine it ends elsewhere by rounding, and each study names its own.
 """
 
 
-VOCABULARY = """*Reversed*: the contrary holds; *undecided*: so few runs cannot tell, or two
-draws disagree; *could have seen*: the smallest gain that they would have told from zero. Caveats,
-such as that one optimizer was tried (Muon), stand with each study.
+VOCABULARY = """*Reproduced*: the gain is told from zero and reaches the smallest effect that was
+named beforehand. *Reversed*: so does the contrary. *Not reproduced*: any effect is smaller than
+that. *Undecided*: so few runs cannot tell, or two draws disagree. *Detectable*: the smallest true
+gain that they would tell from zero four times in five. Caveats, such as that one optimizer was
+tried (Muon), stand with each study.
 """
 
 
@@ -119,17 +128,17 @@ def unrun(folder: Path = STUDIES) -> list[str]:
 
 
 def readme_block(reported: Sequence[Reported], missing: Sequence[str] = ()) -> str:
-    """Each study's first claim and what was reversed of the others; the first study's figure.
+    """Each study's first claim, what became of the others, and the first study's figure.
 
     And the names of studies that are missing.
     """
     judged = [one for one in reported if "comparisons" in one.content]
     if not judged:
         return ""
-    header = ("study", "claim", "verdict", "gain (95 %)", "could have seen", "other claims")
+    header = ("study", "claim", "verdict", "gain (95 %)", "detectable", "other claims")
     first = judged[0].found
     names = ", ".join(f"`{name}`" for name in missing)
-    left = f"Stated, and not run so far: {names}.\n\n" if missing else ""
+    left = f"Written down, and not run yet: {names}.\n\n" if missing else ""
     return (
         f"\n{table(header, [row for one in judged for row in _rows(one)])}\n{VOCABULARY}\n"
         f"{left}![{first.study.title}]({RESULTS}/{first.name}.png)\n\n"
@@ -139,13 +148,15 @@ def readme_block(reported: Sequence[Reported], missing: Sequence[str] = ()) -> s
 def _rows(one: Reported) -> Iterator[tuple[str, ...]]:
     first, *others = claims(one.content, one.again)
     shown = [first, *(claim for claim in others if claim[1] == "reversed")]
-    rest = [verdict for _, verdict, _ in others if verdict != "reversed"]
-    counted = ", ".join(f"{rest.count(v)} {v}" for v in dict.fromkeys(rest)) or "–"
+    failed = [claim["says"] for claim, verdict, _ in others if verdict == "not reproduced"]
+    rest = [verdict for _, verdict, _ in others if verdict not in ("reversed", "not reproduced")]
+    counted = [f"{rest.count(v)} {v}" for v in dict.fromkeys(rest)]
+    named = "; ".join([*counted, *(f"not reproduced: {says}" for says in failed)]) or "–"
     title = one.found.study.title
     link = f"[{title}]({RESULTS}/RESULTS.md#{anchor(title)})"
     for number, (claim, verdict, gained) in enumerate(shown):
-        told = (claim["says"], f"**{verdict}**", gained, could_have_seen(claim))
-        yield (link, *told, counted) if number == 0 else ("", *told, "")
+        told = (claim["says"], f"**{verdict}**", gained, detectable(claim))
+        yield (link, *told, named) if number == 0 else ("", *told, "")
 
 
 def anchor(title: str) -> str:

@@ -11,37 +11,11 @@ from typing import Any
 from nano_moe.studies.balance_tables import balance_table
 from nano_moe.studies.catalogue import Found
 from nano_moe.studies.look_tables import look_tables
-from nano_moe.studies.schema import LOOKED
 from nano_moe.studies.tables import table
 from nano_moe.studies.time_tables import time_tables
+from nano_moe.studies.units import unit_of
 
 UNDECIDED = "undecided at this scale"
-UNITS = {
-    "ce": "nats per token",
-    "bpb": "bits per byte",
-    "max_vio": "MaxVio",
-    "max_share": "of assignments",
-    "dead_experts": "experts",
-    "starved_experts": "experts",
-    "load_entropy": "load entropy",
-    "dropped_share": "of assignments",
-    "memory_gb": "GB",
-    "train_ms_per_token": "ms per token",
-    "decode_ms_per_token": "ms per token",
-    "cold_ms_per_token": "ms per token",
-    "half_speed_ms_per_token": "ms per token",
-    "hits": "of calls",
-    **dict.fromkeys(("exchange_bytes", "formula_bytes"), "bytes per token and layer"),
-    **dict.fromkeys(("exchange_ms", "rest_ms", "step_ms"), "ms per step"),
-    **dict.fromkeys(LOOKED["exchange"], "copies per token"),
-    **dict.fromkeys(LOOKED["offload"], "of calls"),
-    **dict.fromkeys(LOOKED["leak"], "nats per token"),
-    "domain_information": "bits",
-    "class_information": "bits",
-    "token_information": "bits",
-    "domain_share": "of the entropy",
-    "class_share": "of the entropy",
-}
 
 
 def section(
@@ -58,11 +32,12 @@ def section(
     if again is not None:
         parts.append(_both_draws(content, again))
     parts.append(f"![{study.title}]({found.name}.png)\n")
-    if routed := balance_table(content):
+    if "grid" not in content and (routed := balance_table(content)):
         parts.append(routed)
     if "looks" in content:
         parts.append(look_tables(content))
-    parts.append(_members(content))
+    if "grid" not in content:
+        parts.append(_members(content))
     if priced := list(price(content)):
         parts.append("What more compute bought:\n\n" + "\n".join(priced) + "\n")
     if "step_times" in content:
@@ -74,7 +49,7 @@ def section(
 
 
 def answer(content: Mapping[str, Any], again: Mapping[str, Any] | None = None) -> str:
-    """Two sentences: the headline, and what else the study found."""
+    """The headline, and a line for each verdict of the other claims."""
     if "grid" in content:
         grid = content["grid"]
         best = [f"{row['best']:g} for {name}" for name, row in grid["members"].items()]
@@ -84,7 +59,7 @@ def answer(content: Mapping[str, Any], again: Mapping[str, Any] | None = None) -
     (headline, first, gained), *others = claims(content, again)
     told = f"{first.capitalize()}{_contrary(first)}: {headline['says']}; gain {gained}"
     named = ((one, verdict) for one, verdict, _ in others)
-    return " ".join(["; ".join([told, *_share(content)]) + ".", *_other_verdicts(named)])
+    return "\n\n".join(["; ".join([told, *_share(content)]) + ".", *_other_verdicts(named)])
 
 
 def _contrary(verdict: str) -> str:
@@ -138,20 +113,22 @@ def _share(content: Mapping[str, Any]) -> Iterator[str]:
         yield "the large dense model's own gain is not told from zero, so there is no share of it"
         return
     bounds = "" if had["low"] is None else f" ({had['low']:.0%} to {had['high']:.0%})"
+    share = f"{had['mean']:.0%}{bounds} of"
+    if had["low"] is not None and had["low"] > 1:
+        share = "more than all of"
     yield (
-        f"that is {had['mean']:.0%}{bounds} of the {had['of']:.3f} that `{had['whole']}` gains on "
-        f"`{had['base']}`, at {had['flops_share']:.0%} of its FLOPs"
+        f"that is {share} the {had['of']:.3f} that `{had['whole']}` gains on `{had['base']}`, at "
+        f"{had['flops_share']:.0%} of its FLOPs"
     )
 
 
 def _other_verdicts(others: Iterable[tuple[Mapping[str, Any], str]]) -> Iterator[str]:
-    """One sentence that names the other claims by verdict."""
+    """A line for each verdict, with the other claims that it is of."""
     by_verdict: dict[str, list[str]] = {}
     for one, verdict in others:
         by_verdict.setdefault(verdict, []).append(one["says"])
-    if by_verdict:
-        told = [f"*{v}*{_contrary(v)}: {', '.join(says)}" for v, says in by_verdict.items()]
-        yield f"Its other claims: {'; '.join(told)}."
+    for verdict, says in by_verdict.items():
+        yield f"*{verdict.capitalize()}*{_contrary(verdict)}: {'; '.join(says)}."
 
 
 def gain(one: Mapping[str, Any]) -> str:
@@ -161,8 +138,16 @@ def gain(one: Mapping[str, Any]) -> str:
         bounds = "" if low is None or high is None else f"{low:.2f} to {high:.2f}, "
         return f"× {mean:.2f} ({bounds}n = {one['n']})"
     bounds = "" if one["low"] is None else f"{one['low']:.3f} to {one['high']:.3f}, "
-    unit = UNITS[one["figure"]] + (f" per {one['per']}" if "per" in one else "")
-    return f"{one['mean']:.3f} {unit} ({bounds}n = {one['n']})"
+    return f"{one['mean']:.3f} {unit_of(one)} ({bounds}n = {_count(one)})"
+
+
+def _count(one: Mapping[str, Any]) -> str:
+    """Of the gains: one a seed, or in a trend one a line and seed."""
+    lines = len(one.get("lines", ()))
+    if lines < 2:
+        return str(one["n"])
+    seeds = one["n"] // lines
+    return f"{one['n']}, {lines} lines of {seeds} seed{'s' * (seeds > 1)}"
 
 
 KEYS = ("mean", "low", "high")
@@ -176,7 +161,7 @@ def _comparisons(content: Mapping[str, Any], again: Mapping[str, Any] | None) ->
             ", ".join(one["equal"]),
             gained,
             _effect(one, one["smallest_effect"]),
-            could_have_seen(one),
+            detectable(one),
             f"**{verdict}**",
         )
         for one, verdict, gained in claims(content, again)
@@ -186,20 +171,26 @@ def _comparisons(content: Mapping[str, Any], again: Mapping[str, Any] | None) ->
         "held equal",
         "gain (95 %)",
         "smallest claimed",
-        "could have seen",
+        "detectable",
         "verdict",
     )
     return table(header, rows)
 
 
 def price(content: Mapping[str, Any]) -> Iterator[str]:
-    """A line per comparison whose better side also computes more: what each TFLOP of it bought."""
+    """A line per gain of a side that also computes more: what each TFLOP of it bought."""
     for one in content.get("comparisons", ()):
         better, than = (
             content["members"].get(one.get(side), {}).get("train_flops")
             for side in ("better", "than")
         )
-        if one["figure"] != "ce" or not better or not than or better < PRICED * than:
+        if (
+            one["figure"] != "ce"
+            or one["mean"] <= 0
+            or not better
+            or not than
+            or better < PRICED * than
+        ):
             continue
         more = (better - than) / 1e12
         yield f"- {one['says']}: {more:.1f} TFLOPs more, {one['mean'] / more:.4f} nats for each"
@@ -209,8 +200,8 @@ def _effect(one: Mapping[str, Any], value: float) -> str:
     return f"× {1 + value:g}" if one["relative"] else f"{value:g}"
 
 
-def could_have_seen(one: Mapping[str, Any]) -> str:
-    seen = one["smallest_seen"]
+def detectable(one: Mapping[str, Any]) -> str:
+    seen = one["detectable"]
     if seen is None:
         return "–"
     return f"× {math.exp(seen):.2f}" if one["relative"] else f"{seen:.3f}"
@@ -288,8 +279,9 @@ def _provenance(found: Found, content: Mapping[str, Any]) -> str:
     changed = (
         f"{dirty} of {len(runs)} runs from sources with uncommitted changes; " if dirty else ""
     )
+    named = "Seeds" if len({run["seed"] for run in runs}) > 1 else "Seed"
     return (
-        f"Seeds {seeds}; {precisions}; {machines}, torch {torches}; {changed}rule "
+        f"{named} {seeds}; {precisions}; {machines}, torch {torches}; {changed}rule "
         f"`{content['rule'][:12]}`, {rule}. Raw figures: "
         f"[{found.name}.json]({found.name}.json); `make verify STUDY={found.name}` trains one run "
         "again.\n"

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from scipy import stats
+from scipy.optimize import brentq
 
 Verdict = Literal["reproduced", "reversed", "not reproduced", "undecided at this scale"]
-LEVEL = 0.95
+LEVEL, POWER = 0.95, 0.8
 
 
 class Interval(NamedTuple):
@@ -26,9 +27,20 @@ class Interval(NamedTuple):
     n: int
 
     @property
-    def smallest_seen(self) -> float:
-        """The smallest mean that this spread and n would have told from zero."""
-        return (self.high - self.low) / 2
+    def detectable(self) -> float:
+        """The smallest true gain that is told from zero with POWER, at this spread and n.
+
+        Infinite for a single difference. Of the noncentral t distribution (Cohen 1988, ch. 2).
+        """
+        if self.n == 1:
+            return math.inf
+        beyond = float(stats.t.ppf((1 + LEVEL) / 2, self.n - 1))
+        standard_error = (self.high - self.low) / 2 / beyond
+
+        def missing(shift: float) -> float:
+            return float(stats.nct.sf(beyond, self.n - 1, shift)) - POWER
+
+        return standard_error * float(brentq(missing, 0.0, 10 * beyond))
 
 
 def interval(differences: Sequence[float]) -> Interval:

@@ -83,7 +83,7 @@ def as_json(of: Interval) -> dict[str, float | int | None]:
         "low": of.low if bounded else None,
         "high": of.high if bounded else None,
         "n": of.n,
-        "smallest_seen": of.smallest_seen if bounded else None,
+        "detectable": of.detectable if bounded else None,
     }
 
 

@@ -11,7 +11,7 @@ from nano_moe.studies.time_tables import time_tables
 PLAIN = {
     "says": "sparse ends below dense", "verdict": "reproduced", "figure": "ce", "relative": False,
     "mean": 0.0876, "low": 0.08, "high": 0.0951, "n": 5, "smallest_effect": 0.02,
-    "smallest_seen": 0.0075, "equal": ["tokens"],
+    "detectable": 0.0075, "equal": ["tokens"],
 }  # fmt: skip
 
 
@@ -31,8 +31,8 @@ def test_an_answer_is_the_headline_and_the_rest():
     told = (("a", "reversed"), ("b", "reproduced"), ("c", "reversed"))
     others = [{**PLAIN, "says": says, "verdict": verdict} for says, verdict in told]
     assert sections.answer({"comparisons": [PLAIN, *others]}) == (
-        "Reproduced: sparse ends below dense; gain 0.088 nats per token (0.080 to 0.095, n = 5). "
-        "Its other claims: *reversed* (the contrary holds): a, c; *reproduced*: b."
+        "Reproduced: sparse ends below dense; gain 0.088 nats per token (0.080 to 0.095, n = 5)."
+        "\n\n*Reversed* (the contrary holds): a; c.\n\n*Reproduced*: b."
     )
     had = {"part": "sparse", "whole": "large", "base": "dense", "mean": 0.6, "low": 0.5,
            "high": 0.7, "of": 0.1, "flops_share": 0.4}  # fmt: skip
@@ -40,16 +40,24 @@ def test_an_answer_is_the_headline_and_the_rest():
         "n = 5); that is 60% (50% to 70%) of the 0.100 that `large` gains on `dense`, at 40% of "
         "its FLOPs."
     )
+    more = {**had, "mean": 3.8, "low": 2.4, "high": 8.0}
+    assert sections.answer({"comparisons": [PLAIN], "recovered": more}).endswith(
+        "; that is more than all of the 0.100 that `large` gains on `dense`, at 40% of its FLOPs."
+    )
 
 
 def test_further_compute_has_its_price():
-    """0.0876 nats for 4 TFLOPs more; a router's 1 % has none, a cheaper side, or a trend."""
+    """0.0876 nats for 4 TFLOPs more; none of a router's 1 %, a cheaper side, a trend or a loss."""
     members = {"small": {"train_flops": 16e12}, "big": {"train_flops": 20e12}}
     members["router"] = {"train_flops": 16.16e12}
     pairs = (("big", "small"), ("small", "big"), ("router", "small"))
     content = {
         "members": members,
-        "comparisons": [PLAIN, *({**PLAIN, "better": one, "than": than} for one, than in pairs)],
+        "comparisons": [
+            PLAIN,
+            {**PLAIN, "better": "big", "than": "small", "mean": -0.1},
+            *({**PLAIN, "better": one, "than": than} for one, than in pairs),
+        ],
     }
     assert list(sections.price(content)) == [
         "- sparse ends below dense: 4.0 TFLOPs more, 0.0219 nats for each"
@@ -103,7 +111,7 @@ def test_a_verdict_that_a_second_draw_does_not_confirm_is_undecided():
 
     assert verdicts(None) == verdicts(first) == ["reproduced", "not reproduced"]
     assert verdicts(again) == ["reproduced", sections.UNDECIDED]
-    assert "*undecided at this scale*: b" in sections.answer(first, again)
+    assert "*Undecided at this scale*: b" in sections.answer(first, again)
 
 
 def test_a_headline_that_flips_is_told_with_both_gains():
@@ -136,3 +144,12 @@ def test_a_line_is_named_without_what_varies_along_it():
 )
 def test_an_anchor_is_what_hosts_make_of_a_heading(title, link):
     assert report.anchor(title) == link
+
+
+def test_a_trend_says_that_it_is_an_average_and_what_its_n_counts():
+    slope = {**PLAIN, "per": "doubling of tokens", "n": 3}
+    assert sections.gain({**slope, "lines": [{}]}).endswith(
+        "nats per token per doubling of tokens, on average (0.080 to 0.095, n = 3)"
+    )
+    assert sections.gain({**slope, "lines": [{}] * 3}).endswith("n = 3, 3 lines of 1 seed)")
+    assert sections.gain({**slope, "lines": [{}] * 3, "n": 6}).endswith("6, 3 lines of 2 seeds)")

@@ -24,7 +24,19 @@ def test_the_interval_is_students(freedom):
     found = interval(values)
     assert found.mean == 0 and found.n == n
     assert found.high == pytest.approx(half, rel=1e-3) and found.low == pytest.approx(-half, 1e-3)
-    assert found.smallest_seen == pytest.approx(half, rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_a_gain_that_is_called_detectable_is_told_from_zero_four_times_in_five(n):
+    draw = random.Random(n)
+
+    def drawn(gain):
+        return interval([draw.gauss(gain, 1) for _ in range(n)])
+
+    half = T_TABLE[n - 1] / math.sqrt(n)  # of a spread of exactly 1
+    gain = Interval(0.0, -half, half, n).detectable
+    assert sum(drawn(gain).low > 0 for _ in range(4000)) / 4000 == pytest.approx(0.8, abs=0.025)
+    assert interval([1.0, 1.0, 1.0]).detectable == 0 and interval([1.0]).detectable == math.inf
 
 
 def test_one_in_twenty_intervals_misses_the_truth_at_three_seeds():
