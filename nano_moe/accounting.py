@@ -143,11 +143,15 @@ def attention_flops(model: ModelConfig) -> int:
 def kv_cache_numbers(model: ModelConfig) -> int:
     """Numbers that generating keeps of a token: keys and values, or their latent and rotated key.
 
-    The latter is DeepSeek-AI 2024 (DeepSeek-V2), table 1.
+    The latter is DeepSeek-AI 2024 (DeepSeek-V2), table 1. A router that sees several positions
+    keeps what it saw.
     """
+    kept = 0
+    if model.moe is not None and model.moe.router_window > 1:
+        kept = model.d_model * sum(map(model.is_sparse, range(model.n_layers)))
     if model.mla is not None:
-        return model.n_layers * (model.mla.kv_lora_rank + model.mla.qk_rope_head_dim)
-    return model.n_layers * 2 * model.kv_heads * model.head_size
+        return kept + model.n_layers * (model.mla.kv_lora_rank + model.mla.qk_rope_head_dim)
+    return kept + model.n_layers * 2 * model.kv_heads * model.head_size
 
 
 def sparsity(groups: Iterable[WeightGroup], n_experts: int) -> Sparsity:

@@ -54,7 +54,8 @@ NOTES = (
     f"still cached: the share of the file that stayed when its cache was emptied. Above "
     f"{MOST_LEFT:.0%} cold is not measured: the file is in memory itself (tmpfs; TMPDIR names "
     "another folder for untrained weights), or another process has it mapped.",
-    "hits: calls for an expert that found it in memory, or on its way there.",
+    "hits: calls for an expert that found it in memory, or on its way there; waited: hits that "
+    "still had to wait for it.",
 )
 
 
@@ -179,6 +180,7 @@ def measure(case: Case) -> Row:
         "anonymous, GB": (memory_of("RssAnon") - before["RssAnon"]) / 1e9,
         "from files, GB": (memory_of("RssFile") - before["RssFile"]) / 1e9,
         "hits": since.hit_rate if store else 1.0,
+        "waited": since.waited / max(1, since.hits),
         "guesses right": since.guessed_right / since.guessed if since.guessed else None,
         "tokens/s": len(case.text[PROMPT:]) / seconds,
         "still cached": sum(left) / len(left) if left else None,
@@ -196,7 +198,7 @@ def _load(case: Case) -> tuple[GPT, ExpertStore | None]:
 
 
 def _counts(store: ExpertStore | None) -> Counts:
-    return store.counts if store else Counts(0, 0, 0, 0)
+    return store.counts if store else Counts(0, 0, 0, 0, 0)
 
 
 def _expert_bytes(model: GPT, store: ExpertStore | None) -> int:

@@ -51,7 +51,7 @@ def overhead(quick: bool) -> Iterator[Row]:
         watch = Alternate(bare)
         run = runs.create(chosen, stem="overhead", root=folder / "checkpoints")
         with timed_logging() as logging:
-            fit(run, chosen, corpus, progress=False, watchers=[watch])
+            fit(run, chosen, corpus, progress=False, watchers=[lambda _: watch])
     timings = Timings({name: times[skipped:] for name, times in watch.seconds.items()})
     ratio = timings.ratio("fit", "bare loop")
     yield {

@@ -93,7 +93,7 @@ def _tell(store: ExpertStore | None) -> None:
         print(
             f"experts in memory: {len(store.first)} of {len(store.file.keys)}; "
             f"{store.counts.hit_rate:.0%} of {store.counts.hits + store.counts.misses:,} calls "
-            f"found theirs there",
+            f"found theirs there or on its way",
             file=sys.stderr,
         )
 

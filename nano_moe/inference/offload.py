@@ -32,9 +32,13 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class Counts(NamedTuple):
-    """Calls for an expert that found it in memory, or did not; guesses made, and those called."""
+    """Calls for an expert that was in memory or on its way there, or was not; guesses made.
+
+    `waited`: hits that the disk had not yet brought. `guessed_right`: guesses that were called.
+    """
 
     hits: int
+    waited: int
     misses: int
     guessed: int
     guessed_right: int
@@ -61,13 +65,13 @@ class ExpertStore:
         self.held: set[Key] = set()
         self.coming: dict[Key, Future[None]] = {}
         self._guesses: set[Key] = set()
-        self._hits = self._misses = self._guessed = self._right = 0
+        self._hits = self._waited = self._misses = self._guessed = self._right = 0
         self._lock = threading.Lock()
         self._reader = ThreadPoolExecutor(1, "experts")
 
     @property
     def counts(self) -> Counts:
-        return Counts(self._hits, self._misses, self._guessed, self._right)
+        return Counts(self._hits, self._waited, self._misses, self._guessed, self._right)
 
     def get(self, key: Key) -> tuple[Tensor, Tensor]:
         """An expert's weights, (2F or F, D) and (D, F); it is held until it is let go."""
@@ -76,6 +80,7 @@ class ExpertStore:
             self.uses[key] += 1
             known, coming = key in self.slots, self.coming.get(key)
             self._hits, self._misses = self._hits + known, self._misses + (not known)
+            self._waited += coming is not None
             self._right += key in self._guesses
             self._guesses.discard(key)
             if known:
@@ -216,7 +221,10 @@ def _leave_on_disk(model: GPT, store: ExpertStore, prefetch: bool) -> None:
         if isinstance(ffn, MoE):
             ffn.experts = OffloadedExperts(model.config.activation, layer, store, following)
             router = ffn.router
-            following = (layer, router) if prefetch and isinstance(router, Router) else None
+            # A router of several positions would need what the layer before it saw of them.
+            following = None
+            if prefetch and isinstance(router, Router) and router.moe.router_window == 1:
+                following = (layer, router)
 
 
 def slots_of(budget: str, file: ExpertFile, recipe: Recipe) -> int:

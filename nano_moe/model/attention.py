@@ -33,10 +33,14 @@ def rope_tables(context: int, head_size: int, theta: float) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each head's pairs by their position's angle: (B, H, T, C) -> (B, H, T, C)."""
-    first, second = x.chunk(2, dim=-1)
+    """Turn each head's pairs by their position's angle: (B, H, T, C) -> (B, H, T, C).
+
+    In at least float32: bfloat16 would round the angles.
+    """
+    wide = at_least_float32(x)
+    first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+    return (wide * cos.to(wide.dtype) + turned * sin.to(wide.dtype)).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -101,9 +101,11 @@ class Router(Scaling):
         width = self.moe.router_window
         if past is None or width == 1:
             return causal_window(x, width)
-        windows = causal_window(past.extend("router", x), width)  # (B, S, W*D)
-        at = past.cache.positions.unsqueeze(-1).expand(-1, -1, windows.shape[-1])
-        return windows.gather(1, at)
+        held = past.extend("router", x)  # (B, S, D)
+        newest_first = past.cache.positions.unsqueeze(-1) - torch.arange(width, device=x.device)
+        rows = torch.arange(len(x), device=x.device)[:, None, None]
+        windows = held[rows, newest_first.clamp_min(0)]  # (B, T, W, D)
+        return windows.mul(newest_first.ge(0).unsqueeze(-1)).flatten(-2)
 
     def select(self, scores: Tensor) -> Tensor:  # (N, E) -> (N, K)
         if self.expert_bias is not None:

@@ -15,6 +15,7 @@ from nano_moe.evaluation import autocast, spread_windows
 from nano_moe.runs import Run
 from nano_moe.studies.specialization import folder_of
 from nano_moe.text.store import Corpus
+from nano_moe.training.clock import Clock
 from nano_moe.training.step_callback import StepCallback
 
 WINDOWS = 8
@@ -24,8 +25,8 @@ POINTS = 20  # over the whole training
 class Choices(StepCallback):
     """Writes the choices, (L, N, K), at a twentieth of all steps, and at the first hundredth."""
 
-    def __init__(self, run: Run, corpus: Corpus):
-        recipe = run.recipe()
+    def __init__(self, run: Run, corpus: Corpus, clock: Clock):
+        self.clock, recipe = clock, run.recipe()
         self.folder, self.precision = folder_of(run), choose_precision(recipe)
         steps = recipe.trainer.steps
         self.at = {max(1, steps * point // POINTS) for point in range(1, POINTS + 1)}
@@ -34,8 +35,11 @@ class Choices(StepCallback):
 
     @torch.no_grad()
     def on_step_end(self, trainer: Any, pl_module: Any, outputs: Any) -> None:
-        if trainer.global_step not in self.at:
-            return
+        if trainer.global_step in self.at:
+            with self.clock.paused():
+                self._write(trainer.global_step, pl_module)
+
+    def _write(self, step: int, pl_module: Any) -> None:
         model = pl_module.model
         model.eval()
         with autocast(pl_module.device, self.precision):
@@ -43,4 +47,4 @@ class Choices(StepCallback):
         model.train()
         ids = [routing.ids for routing in routings if routing is not None]
         self.folder.mkdir(exist_ok=True)
-        np.save(self.folder / f"{trainer.global_step:07d}.npy", torch.stack(ids).cpu().numpy())
+        np.save(self.folder / f"{step:07d}.npy", torch.stack(ids).cpu().numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from nano_moe.studies import exchanging, leak, offloading, specialization
 from nano_moe.text.store import Corpus
 
 if TYPE_CHECKING:
+    from nano_moe.training.clock import Clock
     from nano_moe.training.step_callback import StepCallback
 
 LOOKS: dict[str, Callable[[Run, Corpus], dict[str, Any]]] = {
@@ -26,10 +28,12 @@ def at(name: str, run: Run, corpus: Corpus) -> dict[str, Any]:
     return LOOKS[name](run, corpus)
 
 
-def watchers(name: str | None, run: Run, corpus: Corpus) -> Sequence[StepCallback]:
-    """Callbacks that training must have for that look."""
+def watchers(
+    name: str | None, run: Run, corpus: Corpus
+) -> Sequence[Callable[[Clock], StepCallback]]:
+    """Makers of the callbacks that training must have for that look."""
     if name != WATCHED:
         return ()
     from nano_moe.studies.choices import Choices
 
-    return (Choices(run, corpus),)
+    return (functools.partial(Choices, run, corpus),)

@@ -56,7 +56,7 @@ def decode(run: Run, budget: str) -> dict[str, Any]:
 
 
 def look(run: Run, corpus: Corpus) -> dict[str, Any]:
-    """Of validation text read token by token, the calls for an expert that found it in memory.
+    """Of validation text read token by token, the calls for an expert in memory or on its way.
 
     `chance`: what choices without memory would find; `lru_hits`: with the experts used last;
     `hits`: with guesses from the next layer's router, too, of which `guesses_right` were called.

@@ -21,13 +21,15 @@ CROWDED = 0.6  # share of tokens that visit one expert
 class Alarm(StepCallback):
     """Warns, once per layer and kind, of an expert that most tokens visit or that none does.
 
-    Over `every` steps. `worst_share` is the last step's largest share of tokens on one expert.
+    Over `every` steps, of which none is missing. `worst_share` is the last step's largest share of
+    tokens on one expert.
     """
 
     def __init__(self, top_k: int, every: int, enabled: bool):
         self.top_k, self.every, self.enabled = top_k, every, enabled
         self.worst_share: float | None = None
-        self._counts: Tensor | None = None  # (L, E)
+        self._counts: Tensor | None = None  # (L, E), of this step so far
+        self._steps: list[Tensor] = []  # (L, E) each, since the last look
         self._told: set[tuple[int, str]] = set()
 
     def on_micro_batch_end(self, outputs: Any) -> None:
@@ -39,12 +41,15 @@ class Alarm(StepCallback):
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
         if self._counts is None:
             return
-        self.worst_share = (outputs["counts"].amax(-1) / outputs["counts"].sum(-1)).max().item()
-        self.worst_share = min(1.0, self.worst_share * self.top_k)
+        counts, self._counts = self._counts, None
+        share = (counts.amax(-1) / counts.sum(-1)).max().item()
+        self.worst_share = min(1.0, share * self.top_k)
+        self._steps.append(counts)
         if trainer.global_step % self.every == 0:
-            for line in self.faults(self._counts, pl_module.layers):
-                tqdm.write(f"WARNING: step {trainer.global_step}: {line}", file=sys.stderr)
-            self._counts = None
+            if len(self._steps) == self.every:  # fewer after a stop
+                for line in self.faults(torch.stack(self._steps).sum(0), pl_module.layers):
+                    tqdm.write(f"WARNING: step {trainer.global_step}: {line}", file=sys.stderr)
+            self._steps.clear()
 
     def faults(self, counts: Tensor, layers: list[int]) -> list[str]:
         """What is new in (L, E) counts of several steps."""

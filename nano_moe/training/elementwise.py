@@ -1,8 +1,8 @@
 """What the optimizer does to each number, in as few passes over memory as there can be.
 
 On a CPU by kernels of one pass, elsewhere and in float64 by PyTorch's operators; AdamW on a GPU by
-PyTorch's fused kernel, but for stacked experts. A matrix that is not live, an expert without
-tokens, is left as it is.
+PyTorch's fused kernel. A matrix that is not live, an expert without tokens, is left as it is, which
+that kernel could not do; it never sees stacked experts.
 
 Shapes: S matrices of m rows and n columns.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from nano_moe.model import kernels
 
 SMALLEST_NORM = 1e-7
+FUSED = {"cuda"}  # devices of PyTorch's fused AdamW
 
 
 def nonzero(grad: Tensor) -> Tensor:
@@ -70,9 +71,21 @@ class Moments(NamedTuple):
 
 
 def adamw(
-    weight: Tensor, grad: Tensor, moments: Moments, live: Tensor, group: Mapping[str, Any]
+    weight: Tensor,
+    grad: Tensor,
+    moments: Moments,
+    group: Mapping[str, Any],
+    *,
+    live: Tensor | None,
 ) -> None:
-    """AdamW's step in place, (S, m, n), by the rates of its parameter group."""
+    """AdamW's step in place, (S, m, n), by the rates of its parameter group.
+
+    `live`, (S,), is 0 for an expert to leave alone; None where all are live.
+    """
+    if live is None and weight.device.type in FUSED:
+        fused_adamw(weight, grad, moments, group)
+        return
+    live = weight.new_ones(len(weight)) if live is None else live
     names = ("beta1", "beta2", "eps", "lr", "weight_decay")
     beta1, beta2, eps, rate, decay = (group[name] for name in names)
     average, square, step = moments
@@ -81,9 +94,6 @@ def adamw(
     if kernels.usable(weight, grad, dtypes=kernels.FLOAT32):
         rates = (beta1, beta2, eps, rate, decay)
         kernels.launch(kernels.adamw, weight, grad, average, square, live, *biases, *rates)
-        return
-    if weight.is_cuda and len(weight) == 1:
-        fused_adamw(weight, grad, moments, group)
         return
     live, average_bias, square_bias = (x[:, None, None] for x in (live, *biases))
     average.lerp_(grad, live * (1 - beta1))

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,8 @@ log = logging.getLogger("nano_moe")
 
 LARGE = 500 * 10**6  # bytes of a step from which on they matter more than page faults
 
+Watcher = Callable[[Clock], L.Callback]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -71,12 +73,13 @@ def fit(
     *,
     resume: bool = False,
     progress: bool = True,
-    watchers: Sequence[L.Callback] = (),
+    watchers: Sequence[Watcher] = (),
 ) -> Result:
     """Train to the recipe's last step; raises UserError on bad input and on non-finite loss.
 
     And where another process trains this run. To `resume` a run of imported weights alone is to
-    train these from step 0. `watchers` are called after all callbacks of the training's own.
+    train these from step 0. `watchers` make callbacks that come after all of the training's own,
+    given its clock, which they stop while they do what is not training.
     """
     with training(run) if ranks.leads() else nullcontext():
         return _fit(run, recipe, corpus, resume, progress, watchers)
@@ -88,7 +91,7 @@ def _fit(
     corpus: Corpus,
     resume: bool,
     progress: bool,
-    watchers: Sequence[L.Callback],
+    watchers: Sequence[Watcher],
 ) -> Result:
     device, precision = choose_device(recipe), choose_precision(recipe)
     check_started(recipe)
@@ -108,7 +111,16 @@ def _fit(
     spikes = SpikeAlarm(recipe.trainer.log_every, recipe.optim.grad_clip, progress)
     bar = Progress(recipe.tokens_per_step, clock, validation, alarm, progress)
     save = SaveLast(run, recipe.trainer.save_every, stop, clock)
-    callbacks = [stop, telemetry, validation, alarm, spikes, bar, save, *watchers]
+    callbacks = [
+        stop,
+        telemetry,
+        validation,
+        alarm,
+        spikes,
+        bar,
+        save,
+        *(make(clock) for make in watchers),
+    ]
     trainer = _trainer(recipe, device, precision, callbacks)
     # A resumed run's state comes from its checkpoint.
     torch.manual_seed(recipe.seed + ranks.rank())

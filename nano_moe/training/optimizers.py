@@ -30,6 +30,7 @@ from nano_moe.training.layouts import by_rows_of_matrices, gathered, local, part
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024 (Muon)
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_BYTES = 8 * 2**20  # of one batch on a CPU: so many stay in the cache
+HIDDEN = ("attention", "ffn")  # parts of a block whose matrices are Muon's, experts included
 MATCH_RMS_ADAMW = 0.2  # Liu et al. 2025, sec. 2.2: gives Muon's update AdamW's typical size
 
 
@@ -52,9 +53,6 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         group = _group_of(name, parameter)
         own = group == "hidden" and ".experts." in name and config.expert_lr is not None
         members["experts" if own else group][name] = parameter
-    grouped = [id(p) for named in members.values() for p in named.values()]
-    everything = [id(p) for p in model.parameters()]
-    assert sorted(grouped) == sorted(everything), "each parameter belongs to exactly one group"
     return [
         {
             "name": name,
@@ -72,7 +70,9 @@ def _group_of(name: str, parameter: Tensor) -> str:
         return "router"
     if "embedding" in name or "head" in name or parameter.ndim < 2:
         return "embedding"
-    return "hidden"
+    if any(f".{part}." in name for part in HIDDEN):
+        return "hidden"
+    raise AssertionError(f"{name}: say in {__name__} which rate and decay it has")
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -117,11 +117,11 @@ class MuonAdamW(torch.optim.Optimizer):
             return  # all of it lies elsewhere
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         weight, grad, average, square = (_stacks(local(x)) for x in tensors)
-        live = _live(grad, parameter)
+        live = elementwise.nonzero(grad) if parameter.ndim > 2 else None
         # An expert's own steps correct its moments.
-        step = local(state["step"]).view(-1).add_(live)
+        step = local(state["step"]).view(-1).add_(1 if live is None else live)
         moments = elementwise.Moments(average, square, step)
-        elementwise.adamw(weight, grad, moments, live, group)
+        elementwise.adamw(weight, grad, moments, group, live=live)
 
     def _muon(self, group: dict[str, Any]) -> None:
         """Same-shaped matrices share one batched iteration."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from nano_moe.training.alarm import Alarm
@@ -21,6 +23,7 @@ class Progress(StepCallback):
         self.tokens_per_step, self.clock, self.enabled = tokens_per_step, clock, enabled
         self.validation, self.alarm = validation, alarm
         self.bar: tqdm[Any] | None = None
+        self._losses: list[Tensor] = []  # of this step's micro-batches
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.bar = tqdm(
@@ -34,12 +37,17 @@ class Progress(StepCallback):
         )
         self._from = (trainer.global_step, self.clock.read())
 
+    def on_micro_batch_end(self, outputs: Any) -> None:
+        self._losses.append(outputs["ce"])
+
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+        ce = torch.stack(self._losses).mean()
+        self._losses.clear()
         if self.bar is None:
             return
         step, seconds = trainer.global_step, self.clock.read()
         rate = (step - self._from[0]) * self.tokens_per_step / max(seconds - self._from[1], 1e-9)
-        figures = {"ce": f"{outputs['ce'].item():.3f}", "tok/s": f"{rate:,.0f}"}
+        figures = {"ce": f"{ce.item():.3f}", "tok/s": f"{rate:,.0f}"}
         if self.alarm.worst_share is not None:
             figures["top expert"] = f"{self.alarm.worst_share:.0%}"
         if self.validation.latest is not None:

@@ -32,7 +32,7 @@ def test_the_bare_loop_trains_as_the_trainer_does():
         watch = startup.Alternate(startup._bare(chosen, corpus))
         run = runs.create(chosen, stem="x", root=folder / "checkpoints")
         with startup.timed_logging() as calls:
-            fit(run, chosen, corpus, progress=False, watchers=[watch])
+            fit(run, chosen, corpus, progress=False, watchers=[lambda _: watch])
         saved = runs.read_checkpoint(run.last)["state_dict"]
         bare = startup._bare(chosen, corpus)
         for number in range(n_steps):

@@ -144,7 +144,7 @@ class Course:
         self.recipe = recipe_file.load("tiny.yaml")
         self.known: dict[int, str] = {}
         self.whole = runs.create(self.recipe, stem="tiny", name="whole")
-        watch = [Remember(self.known)]
+        watch = [lambda _: Remember(self.known)]
         fit(self.whole, self.recipe, self.corpus(), progress=False, watchers=watch)
 
     def corpus(self) -> Any:

@@ -127,3 +127,11 @@ def test_narrow_heads_attend_in_float32_under_autocast_too(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = attention.float()(torch.randn(2, 12, 16), cos.float(), sin.float())
     assert found == [expected] and y.dtype == torch.bfloat16
+
+
+def test_angles_are_not_rounded_to_the_dtype_of_what_they_turn():
+    """bf16 knows a cosine to 1 in 256; turned in float32, only the result is rounded."""
+    cos, sin = rope_tables(64, 8, 10_000.0)
+    x = torch.randn(1, 1, 64, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = rotate(x.double(), cos.double(), sin.double())
+    assert torch.equal(rotate(x, cos, sin), exact.bfloat16())

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
+from nano_moe.config import OptimConfig
 from nano_moe.model.kernels import usable
 from nano_moe.training import elementwise
+from nano_moe.training.optimizers import MuonAdamW
 
 SHAPES = [(1, 1, 7), (1, 33, 16), (3, 8, 40), (5, 40, 8)]
 LIVE = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])  # the second and the last expert rest
@@ -67,7 +70,9 @@ def test_adamws_step_is_that_of_float64(shape):
     group = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "lr": 0.01, "weight_decay": 0.1}
 
     def adamw(weight, grad, average, square, live, step):
-        elementwise.adamw(weight, grad, elementwise.Moments(average, square, step), live, group)
+        elementwise.adamw(
+            weight, grad, elementwise.Moments(average, square, step), group, live=live
+        )
 
     found, expected = both(adamw, [weight, grad, average, square.square(), live, step.float()])
     assert_same(found, expected, rtol=1e-4)
@@ -99,5 +104,17 @@ def test_the_fused_kernel_of_gpus_does_the_same():
     moments = elementwise.Moments(*found[2:])
     elementwise.fused_adamw(found[0], found[1], moments, group)
     wide = elementwise.Moments(*expected[2:])
-    elementwise.adamw(expected[0], expected[1], wide, torch.ones(1).double(), group)
+    elementwise.adamw(expected[0], expected[1], wide, group, live=None)
     assert_same(found, expected)
+
+
+def test_one_idle_expert_of_a_process_is_left_alone_where_the_fused_kernel_is_used(monkeypatch):
+    """Its share of the experts may be one: a stack all the same, which that kernel would move."""
+    monkeypatch.setattr(elementwise, "FUSED", {"cpu"})
+    alone, matrix = (nn.Parameter(torch.ones(shape)) for shape in ((1, 3, 4), (3, 4)))
+    for parameter in (alone, matrix):
+        parameter.grad = torch.zeros_like(parameter)
+    group = {"params": [alone, matrix], "lr": 0.1, "weight_decay": 0.1, "muon": False}
+    MuonAdamW([group], OptimConfig(lr=0.1)).step()
+    assert torch.equal(alone, torch.ones(1, 3, 4))
+    torch.testing.assert_close(matrix, torch.full((3, 4), 1 - 0.1 * 0.1))  # decay alone

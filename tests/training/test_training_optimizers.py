@@ -238,6 +238,12 @@ def test_each_parameter_is_in_the_group_of_its_role(workshop, kind, tied):
     assert not any(flag for name in groups if name != "hidden" for flag in groups[name]["fused"])
 
 
+def test_a_matrix_of_no_known_part_is_no_ones():
+    block = nn.ModuleDict({"blocks": nn.ModuleDict({"gate": nn.Linear(2, 2, bias=False)})})
+    with pytest.raises(AssertionError, match="blocks.gate.weight: say in .*optimizers"):
+        parameter_groups(block, CONFIG)
+
+
 def test_learning_rates_default_to_that_of_hidden_matrices(workshop):
     model = GPT(workshop.recipe("softmax").model)
     for given, expected in (({}, 0.01), ({"embedding_lr": 0.5}, 0.5)):

@@ -151,6 +151,28 @@ def test_an_alarm_names_a_crowded_expert_and_a_dead_one_once():
     ]
 
 
+class Stepped:
+    """A trainer at a step, of a module with one sparse layer."""
+
+    layers = (0,)
+
+    def __init__(self, step):
+        self.global_step = step
+
+
+def test_an_alarm_sees_all_of_a_step_and_whole_intervals_alone(capsys):
+    alarm = Alarm(1, every=2, enabled=True)
+    crowded, even = {"counts": torch.tensor([[8, 0, 0, 0]])}, {"counts": torch.tensor([[0, 8, 0, 0]])}
+    for step in (2, 3, 4):  # resumed after step 1
+        for outputs in (crowded, even) if step == 3 else (crowded, crowded):
+            alarm.on_micro_batch_end(outputs)
+        alarm.on_step_end(Stepped(step), Stepped, outputs)
+        assert alarm.worst_share == (0.5 if step == 3 else 1.0)
+        told = capsys.readouterr().err
+        assert ("75% of the tokens go to expert 0" in told) == (step == 4)
+        assert ("experts 2, 3 got no token for 2 steps" in told) == (step == 4)
+
+
 def test_an_alarm_counts_tokens_and_not_assignments():
     """Of top-2 assignments half is all tokens; of 4 experts each has half of the tokens anyway."""
     assert alarm_on([[40, 20, 20, 20, 20, 20, 20, 40]], top_k=2) == [[]]
