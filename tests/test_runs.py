@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nano_moe import runs
+from nano_moe import checkpoints, runs
 from nano_moe.config import Recipe
 from nano_moe.errors import UserError
 from nano_moe.model.gpt import GPT, init_weights
@@ -253,7 +253,7 @@ class Opens:
 
 def test_a_checkpoint_of_ours_reads_back_equal():
     content = ours()
-    read = runs.read_checkpoint(saved(content))
+    read = checkpoints.read_checkpoint(saved(content))
     assert read["nano_moe"] == content["nano_moe"]
     assert all(torch.equal(t, read["state_dict"][k]) for k, t in content["state_dict"].items())
 
@@ -262,7 +262,7 @@ def test_a_checkpoint_of_ours_reads_back_equal():
 def test_a_truncated_checkpoint_is_one_line(keep):
     whole = saved(ours()).read_bytes()
     Path("x.ckpt").write_bytes(whole[: int(len(whole) * keep)])
-    message = fault(runs.read_checkpoint, Path("x.ckpt"))
+    message = fault(checkpoints.read_checkpoint, Path("x.ckpt"))
     assert message.startswith("x.ckpt: not a readable checkpoint (")
     assert "use another checkpoint" in message and len(message) < 300
 
@@ -271,7 +271,7 @@ def test_a_truncated_checkpoint_is_one_line(keep):
 @pytest.mark.parametrize("content", [b"hello\n", b"\x80\x04.", b"PK\x03\x04", bytes(range(256))])
 def test_a_file_that_is_no_checkpoint_is_one_line(content):
     Path("x.ckpt").write_bytes(content)
-    assert "not a readable checkpoint" in fault(runs.read_checkpoint, Path("x.ckpt"))
+    assert "not a readable checkpoint" in fault(checkpoints.read_checkpoint, Path("x.ckpt"))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line(content):
     ],
 )
 def test_a_torch_file_of_another_kit_is_called_foreign(content):
-    assert "not one of nano_moe" in fault(runs.read_checkpoint, saved(content))
+    assert "not one of nano_moe" in fault(checkpoints.read_checkpoint, saved(content))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -299,7 +299,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(with_torch):
         saved(content)
     else:
         Path("x.ckpt").write_bytes(pickle.dumps(content))
-    assert "not a readable checkpoint" in fault(runs.read_checkpoint, Path("x.ckpt"))
+    assert "not a readable checkpoint" in fault(checkpoints.read_checkpoint, Path("x.ckpt"))
     assert not Path("executed").exists()
     if with_torch:
         torch.load("x.ckpt", weights_only=False)
@@ -309,14 +309,14 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(with_torch):
 
 
 def test_a_newer_schema_is_refused_with_both_numbers():
-    message = fault(runs.read_checkpoint, saved(ours(nano_moe={"schema": runs.SCHEMA + 1})))
+    message = fault(checkpoints.read_checkpoint, saved(ours(nano_moe={"schema": runs.SCHEMA + 1})))
     assert f"schema {runs.SCHEMA + 1}" in message and f"up to {runs.SCHEMA}" in message
     assert "update nano_moe" in message
 
 
 def test_a_missing_checkpoint_is_one_line():
-    assert "no such checkpoint" in fault(runs.read_checkpoint, Path("x.ckpt"))
-    assert "no such checkpoint" in fault(runs.read_checkpoint, Path("."))
+    assert "no such checkpoint" in fault(checkpoints.read_checkpoint, Path("x.ckpt"))
+    assert "no such checkpoint" in fault(checkpoints.read_checkpoint, Path("."))
 
 
 # --- loading a model -----------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def test_a_loaded_model_is_the_saved_one_and_the_best_one_where_there_is_one():
     better["state_dict"] = {k: v + 1 for k, v in better["state_dict"].items()}
     saved(worse, run.last)
     for content, step in ((worse, 3), (better, 2)):
-        recipe, model, found = runs.load_model(run)
+        recipe, model, found = checkpoints.load_model(run)
         assert (recipe, found, model.training) == (RECIPE, step, False)
         weights = {f"model.{k}": v for k, v in model.state_dict().items()}
         assert weights.keys() == content["state_dict"].keys()
@@ -345,7 +345,7 @@ def test_weights_that_do_not_fit_the_recipe_are_one_line_with_both_files(change)
     text = run.recipe_file.read_text()
     assert change[0] in text
     run.recipe_file.write_text(text.replace(*change))
-    message = fault(runs.load_model, run)
+    message = fault(checkpoints.load_model, run)
     assert str(run.last) in message and str(run.recipe_file) in message
 
 

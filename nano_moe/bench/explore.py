@@ -16,13 +16,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 import nano_moe
 from nano_moe import runs
 from nano_moe.bench.recipes import prepared, recipe, text_folder
 from nano_moe.bench.report import Report, Row
 from nano_moe.bench.timing import QUICK, Budget, Spread, interleave
+from nano_moe.checkpoints import write_weights
 from nano_moe.config import Recipe
 from nano_moe.model.gpt import GPT, init_weights
 from nano_moe.text.store import Corpus
@@ -74,10 +73,7 @@ def _row(wait: str, seconds: Spread, target: int | None) -> Row:
 
 def _save(chosen: Recipe, corpus: Corpus, run: runs.Run) -> None:
     """What the explorer reads of a trained run."""
-    state = init_weights(GPT(chosen.model), chosen.seed).state_dict()
-    weights = {f"model.{name}": value for name, value in state.items()}
-    content = {"nano_moe": {"schema": runs.SCHEMA}, "state_dict": weights, "global_step": 0}
-    torch.save(content, run.best)
+    write_weights(run.best, chosen, init_weights(GPT(chosen.model), chosen.seed))
     corpus.tokenizer.save(run.tokenizer_file)
     runs.write_json(run.manifest_file, runs.describe(chosen, corpus=corpus, device="cpu"))
 

@@ -26,6 +26,7 @@ from nano_moe.bench.file_cache import MOST_LEFT, empty
 from nano_moe.bench.offload_figure import draw
 from nano_moe.bench.recipes import FOLDER, QUICK, RandomTokens, prepared
 from nano_moe.bench.report import Report, Row
+from nano_moe.checkpoints import load_model, write_weights
 from nano_moe.config import Recipe
 from nano_moe.errors import UserError
 from nano_moe.evaluation import spread_windows
@@ -34,7 +35,7 @@ from nano_moe.inference.expert_file import EXPERTS, split_weights
 from nano_moe.inference.offload import Counts, ExpertStore, Policy, load_offloaded
 from nano_moe.memory import memory_of, return_freed_memory
 from nano_moe.model.gpt import GPT, init_weights
-from nano_moe.runs import SCHEMA, Run, load_model
+from nano_moe.runs import Run
 
 LARGE = (
     "model.n_layers=8", "model.d_model=1024", "model.n_heads=16", "model.d_ff=2048",
@@ -105,10 +106,7 @@ def _untrained(folder: Path, quick: bool) -> Run:
 def draw_weights(run: Run) -> None:
     """Write a checkpoint of the run's recipe with weights as drawn from its seed."""
     recipe = run.recipe()
-    model = init_weights(GPT(recipe.model), recipe.seed)
-    state = {f"model.{name}": weight for name, weight in model.state_dict().items()}
-    checkpoint = {"nano_moe": {"schema": SCHEMA}, "state_dict": state, "global_step": 0}
-    torch.save(checkpoint, run.best)
+    write_weights(run.best, recipe, init_weights(GPT(recipe.model), recipe.seed))
 
 
 def drawn_text(recipe: Recipe) -> list[int]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nano_moe import runs
+from nano_moe import checkpoints, runs
 from nano_moe.cli.arguments import add_json, add_run
 from nano_moe.cli.extras import need
 from nano_moe.cli.output import figure, print_json, print_table, size
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
         check_experts(stored.model)
     device = choose_device(stored)
-    recipe, model, step = runs.load_model(found, device=device.type)
+    recipe, model, step = checkpoints.load_model(found, device=device.type)
     corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context)
     runs.check_corpus(found, corpus)
     print(f"{found.path}: weights of step {step}", file=sys.stderr)

@@ -6,9 +6,10 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from nano_moe.checkpoints import load_model
 from nano_moe.cli.output import duration, print_json
 from nano_moe.config import Recipe
-from nano_moe.runs import Run, load_model
+from nano_moe.runs import Run
 
 if TYPE_CHECKING:
     from nano_moe.text.store import Corpus

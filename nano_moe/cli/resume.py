@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from nano_moe import accounting, runs
+from nano_moe import accounting, checkpoints, runs
 from nano_moe.cli.arguments import add_json, add_run
 from nano_moe.cli.finish import finish
 from nano_moe.cli.output import print_count
@@ -65,7 +65,7 @@ def _check_text(found: runs.Run) -> None:
 
 
 def _check_unfinished(found: runs.Run, recipe: Recipe) -> None:
-    step = int(runs.newest(found).content["global_step"])
+    step = int(checkpoints.newest(found).content["global_step"])
     if step >= recipe.trainer.steps:
         raise UserError(
             f"{found.path}: finished at step {step}; nothing to resume, "

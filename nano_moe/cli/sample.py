@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from nano_moe import runs
+from nano_moe import checkpoints, runs
 from nano_moe.cli.arguments import add_json, add_run
 from nano_moe.cli.output import print_json
 from nano_moe.errors import UserError
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _load(run: Run, args: argparse.Namespace) -> tuple[GPT, int, ExpertStore | None]:
     if args.expert_budget is None:
-        _, model, step = runs.load_model(run)
+        _, model, step = checkpoints.load_model(run)
         return model, step, None
     from nano_moe.inference.offload import load_offloaded
 

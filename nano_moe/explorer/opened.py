@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nano_moe import runs
+from nano_moe import checkpoints, runs
 from nano_moe.accounting import count
 from nano_moe.config import MoEConfig
 from nano_moe.errors import UserError
@@ -75,7 +75,7 @@ class Opened:
 
     @cached_property
     def model(self) -> GPT:
-        return runs.load_model(self.run)[1]
+        return checkpoints.load_model(self.run)[1]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
-from nano_moe import runs
+from nano_moe import checkpoints
 from nano_moe.config import ModelConfig, Recipe
 from nano_moe.errors import UserError
 from nano_moe.export import demands
@@ -100,7 +100,7 @@ def export(run: Run, target: Path, quant: str) -> Result:
     if quant.startswith(EXPERTS_ALONE):
         check_experts(recipe.model)
     with creating(target) as path:
-        _, model, step = runs.load_model(run)
+        _, model, step = checkpoints.load_model(run)
         check_finite(model.state_dict(), run.path)
         tokenizer = Tokenizer.load(run.tokenizer_file)
         check_fits(tokenizer, recipe.model.vocab_size)

@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nano_moe import runs
+from nano_moe import checkpoints, runs
 from nano_moe.config import ModelConfig, Recipe
 from nano_moe.export import fast_tokenizer
 from nano_moe.export.card import Exported, model_card
@@ -51,7 +51,7 @@ def export(run: Run, target: Path) -> Result:
     family = family_of(recipe.model)
     with creating(target) as folder:
         folder.mkdir()
-        _, model, step = runs.load_model(run)
+        _, model, step = checkpoints.load_model(run)
         check_finite(model.state_dict(), run.path)
         tokenizer = Tokenizer.load(run.tokenizer_file)
         check_fits(tokenizer, recipe.model.vocab_size)

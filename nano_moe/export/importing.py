@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import transformers
 from pydantic import ValidationError
 from torch import Tensor
 
 from nano_moe import recipe_file, runs
+from nano_moe.checkpoints import write_weights
 from nano_moe.config import DataConfig, ModelConfig, Recipe
 from nano_moe.errors import UserError
 from nano_moe.export import fast_tokenizer
@@ -21,7 +20,7 @@ from nano_moe.export.configs import UNSEEN, fault_of, first_difference, model_of
 from nano_moe.export.families import FAMILIES, config_of
 from nano_moe.export.hugging_face import PROVENANCE, SCHEMA, load, quiet
 from nano_moe.export.weights import state_of, traits_of
-from nano_moe.files import creating, make_folder, replacing, write_text
+from nano_moe.files import creating, make_folder, write_text
 from nano_moe.model.gpt import GPT
 from nano_moe.runs import Run
 from nano_moe.text.store import Corpus
@@ -215,23 +214,6 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> No
         )
 
 
-def _save(path: Path, checkpoint: dict[str, Any]) -> None:
-    try:
-        with replacing(path, sealed=True) as file:
-            torch.save(checkpoint, file)
-    except RuntimeError as error:  # as torch reports a full disk
-        raise OSError(errno.ENOSPC, "the disk may be full", str(path)) from error
-
-
-def _checkpoint(recipe: Recipe, model: GPT, step: int) -> dict[str, Any]:
-    """What `runs.load_model` reads: weights alone, which training begins with anew."""
-    return {
-        "nano_moe": {"schema": runs.SCHEMA, "recipe": recipe.model_dump()},
-        "state_dict": {f"model.{key}": value for key, value in model.state_dict().items()},
-        "global_step": step,
-    }
-
-
 def _manifest(
     source: Source, recipe: Recipe, folder: Path, corpus: Corpus | None
 ) -> dict[str, Any]:
@@ -281,6 +263,6 @@ def import_run(
         run = Run(path)
         write_text(run.recipe_file, recipe_file.dump(recipe))
         source.tokenizer.save(run.tokenizer_file)
-        _save(run.best, _checkpoint(recipe, model, manifest["imported"]["step"]))
+        write_weights(run.best, recipe, model, manifest["imported"]["step"])
         runs.write_json(run.manifest_file, manifest)
     return target

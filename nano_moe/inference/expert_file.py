@@ -19,12 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nano_moe.checkpoints import fill
 from nano_moe.errors import UserError
 from nano_moe.files import replacing
 from nano_moe.model.experts import Experts
 from nano_moe.model.gpt import GPT
 from nano_moe.model.moe import MoE
-from nano_moe.runs import Run, fill
+from nano_moe.runs import Run
 
 EXPERTS, REST = "experts.safetensors", "rest.safetensors"
 MARK, STEP = "checkpoint", "step"  # in a file's metadata: which one it was made from

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from nano_moe.bench.comm import bytes_per_token, measure
+from nano_moe.checkpoints import load_model
 from nano_moe.communication import ranks_needed, sent
 from nano_moe.config import Recipe
 from nano_moe.device import choose_precision
 from nano_moe.evaluation import spread_windows
 from nano_moe.model.expert_parallel import pack
-from nano_moe.runs import Run, load_model
+from nano_moe.runs import Run
 from nano_moe.text.store import Corpus
 
 STEPS = 8

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nano_moe.checkpoints import load_model
 from nano_moe.device import choose_precision
 from nano_moe.evaluation import autocast, spread_windows
 from nano_moe.model.gpt import GPT
 from nano_moe.model.loss import cross_entropy
-from nano_moe.runs import Run, load_model
+from nano_moe.runs import Run
 from nano_moe.text.store import Corpus
 
 WINDOWS = 32  # spread over the validation split

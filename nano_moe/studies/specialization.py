@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nano_moe.checkpoints import load_model
 from nano_moe.device import choose_precision
 from nano_moe.evaluation import autocast, spread_windows
-from nano_moe.runs import Run, load_model
+from nano_moe.runs import Run
 from nano_moe.specialization import KINDS, affinity, joint, kind_of, told
 from nano_moe.text.store import Corpus
 

@@ -23,12 +23,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nano_moe.accounting import count
 from nano_moe.bench.machine import describe_machine
+from nano_moe.checkpoints import load_model
 from nano_moe.config import Recipe
 from nano_moe.device import choose_precision
 from nano_moe.errors import UserError
 from nano_moe.evaluation import STARVED, Evaluation, evaluate
 from nano_moe.memory import peak_resident, resident
-from nano_moe.runs import Run, git_commit, load_model, versions, write_json
+from nano_moe.runs import Run, git_commit, versions, write_json
 from nano_moe.studies import looks
 from nano_moe.studies.exchanging import exchange
 from nano_moe.studies.measure import measure

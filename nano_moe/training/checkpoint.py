@@ -10,9 +10,10 @@ import torch
 from lightning.fabric.plugins.io import CheckpointIO
 
 from nano_moe import ranks
+from nano_moe.checkpoints import read_checkpoint
 from nano_moe.errors import UserError
 from nano_moe.files import replacing
-from nano_moe.runs import Run, read_checkpoint
+from nano_moe.runs import Run
 from nano_moe.training.clock import Clock
 from nano_moe.training.layouts import local
 from nano_moe.training.module import NonFiniteTraining

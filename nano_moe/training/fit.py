@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from nano_moe import ranks
+from nano_moe.checkpoints import newest, read_checkpoint
 from nano_moe.config import Recipe
 from nano_moe.device import choose_device, choose_devices, choose_precision, count_processes
 from nano_moe.errors import UserError
@@ -23,16 +24,7 @@ from nano_moe.evaluation import Evaluation
 from nano_moe.files import remove_torn
 from nano_moe.footprint import peak
 from nano_moe.memory import keep_freed_memory, return_freed_memory
-from nano_moe.runs import (
-    Run,
-    check_corpus,
-    check_recipe,
-    describe,
-    newest,
-    read_checkpoint,
-    training,
-    write_json,
-)
+from nano_moe.runs import Run, check_corpus, check_recipe, describe, training, write_json
 from nano_moe.text.store import Corpus
 from nano_moe.training.alarm import Alarm
 from nano_moe.training.checkpoint import AtomicCheckpointIO, SaveLast
@@ -111,16 +103,8 @@ def _fit(
     spikes = SpikeAlarm(recipe.trainer.log_every, recipe.optim.grad_clip, progress)
     bar = Progress(recipe.tokens_per_step, clock, validation, alarm, progress)
     save = SaveLast(run, recipe.trainer.save_every, stop, clock)
-    callbacks = [
-        stop,
-        telemetry,
-        validation,
-        alarm,
-        spikes,
-        bar,
-        save,
-        *(make(clock) for make in watchers),
-    ]
+    callbacks: list[L.Callback] = [stop, telemetry, validation, alarm, spikes, bar, save]
+    callbacks += [make(clock) for make in watchers]
     trainer = _trainer(recipe, device, precision, callbacks)
     # A resumed run's state comes from its checkpoint.
     torch.manual_seed(recipe.seed + ranks.rank())

@@ -7,11 +7,12 @@ from typing import Any
 
 from nano_moe import ranks
 from nano_moe.accounting import count
+from nano_moe.checkpoints import load_model
 from nano_moe.config import ModelConfig, Recipe
 from nano_moe.errors import UserError
 from nano_moe.model.gpt import GPT
 from nano_moe.model.upcycle import upcycle
-from nano_moe.runs import Run, first_difference, load_model, source_of, write_json
+from nano_moe.runs import Run, first_difference, source_of, write_json
 
 log = logging.getLogger(__name__)
 FIELD = "model.moe.init_from"

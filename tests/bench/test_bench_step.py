@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from nano_moe import runs
+from nano_moe import checkpoints, runs
 from nano_moe.bench import optimizer, startup, step
 from nano_moe.bench.bare import PARTS, BareStep
 from nano_moe.bench.recipes import (
@@ -33,7 +33,7 @@ def test_the_bare_loop_trains_as_the_trainer_does():
         run = runs.create(chosen, stem="x", root=folder / "checkpoints")
         with startup.timed_logging() as calls:
             fit(run, chosen, corpus, progress=False, watchers=[lambda _: watch])
-        saved = runs.read_checkpoint(run.last)["state_dict"]
+        saved = checkpoints.read_checkpoint(run.last)["state_dict"]
         bare = startup._bare(chosen, corpus)
         for number in range(n_steps):
             bare.run(number)

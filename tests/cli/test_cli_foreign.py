@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from foreign import checkpoint
 
-from nano_moe import runs
+from nano_moe import checkpoints, runs
 from nano_moe.cli.main import main
 
 SHORTER = ("--recipe", "tiny.yaml", "--context", "16")  # of 96 positions
@@ -47,7 +47,7 @@ def test_its_recipe_trains_and_goes_on(foreign):
     shutil.rmtree("checkpoints/taken")  # whose tokenizer the recipe had named
     assert foreign.json("eval", "anew")["tokens"] > 0
     run = runs.find("anew")
-    runs.check_recipe(run, run.recipe(), runs.read_checkpoint(run.last))
+    runs.check_recipe(run, run.recipe(), checkpoints.read_checkpoint(run.last))
 
 
 def test_an_imported_dense_run_grows_experts(shop):

@@ -12,7 +12,7 @@ import torch
 from foreign import CLASSES, STORY, STYLES, checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from nano_moe import recipe_file, runs
+from nano_moe import checkpoints, recipe_file, runs
 from nano_moe.errors import UserError
 from nano_moe.evaluation import evaluate
 from nano_moe.explorer.trace import texts as shown_texts
@@ -65,7 +65,7 @@ def taken_in(texts, recipe_of, dense_config):
 
 def opened(run: Run):
     """(recipe, model, tokenizer, corpus) of a run, as its verbs open them."""
-    recipe, model, _ = runs.load_model(run)
+    recipe, model, _ = checkpoints.load_model(run)
     corpus = prepare(recipe.data, recipe.model.vocab_size, recipe.model.context, progress=False)
     runs.check_corpus(run, corpus)
     return recipe, model, Tokenizer.load(run.tokenizer_file), corpus

@@ -12,7 +12,7 @@ import torch
 from export_cases import GGUF_HELD, SIZES, config_of_case, drawn
 from gguf import GGMLQuantizationType
 
-from nano_moe import runs
+from nano_moe import checkpoints, runs
 from nano_moe.cli.main import main
 from nano_moe.config import ModelConfig
 from nano_moe.errors import UserError
@@ -165,7 +165,7 @@ def test_a_trained_model_has_the_same_perplexity_in_llama_cpp(tmp_path, monkeypa
     run = runs.find("run")
     ids = [256, *ByteTokenizer().encode("\n".join(lines[-60:]))]
     windows = [ids[i : i + 24] for i in range(0, 1200, 24)]
-    model = runs.load_model(run)[1]
+    model = checkpoints.load_model(run)[1]
     ours = model(torch.tensor(windows))[0][:, -2].log_softmax(-1)
     ours = -ours[range(len(windows)), [window[-1] for window in windows]].mean().item()
     assert ours < 3  # it has learned something: 5.6 is chance

@@ -11,7 +11,7 @@ from export_cases import ONE_OF_EACH, SIZES, config_of_case
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from nano_moe import recipe_file, runs
+from nano_moe import checkpoints, recipe_file, runs
 from nano_moe.accounting import count
 from nano_moe.config import ModelConfig, Recipe
 from nano_moe.errors import UserError
@@ -59,8 +59,8 @@ def edited(folder: Path, **fields) -> Path:
 def test_a_folder_of_ours_comes_back_bit_for_bit(folder, case):
     found = taken_in(folder(case))
     original = Run(Path("run"))
-    recipe, model, step = runs.load_model(found)
-    _, theirs, _ = runs.load_model(original)
+    recipe, model, step = checkpoints.load_model(found)
+    _, theirs, _ = checkpoints.load_model(original)
     tokens = torch.randint(0, 264, (2, 40))
     with torch.no_grad():
         ours, wanted = model(tokens)[0], theirs(tokens)[0]
@@ -299,8 +299,8 @@ def test_fewer_positions_compute_as_the_first_of_many(folder, case):
     run = importing.import_run(source, recipe, place, name="short", corpus=None)
     assert recipe_file.load(run.recipe_file) == recipe
     assert run.manifest()["imported"]["context"] == whole.model.context
-    _, short, _ = runs.load_model(run)
-    _, long, _ = runs.load_model(taken_in(place))
+    _, short, _ = checkpoints.load_model(run)
+    _, long, _ = checkpoints.load_model(taken_in(place))
     tokens = torch.randint(0, 264, (2, 16))
     assert torch.equal(short(tokens)[0], long(tokens)[0])
     with pytest.raises(ValueError, match="16"):

@@ -27,7 +27,7 @@ import torch
 from forking import ended, fork
 from hypothesis import HealthCheck, settings
 
-from nano_moe import recipe_file, runs
+from nano_moe import checkpoints, recipe_file, runs
 from nano_moe.cli.main import main
 from nano_moe.runs import Run
 from nano_moe.text.store import prepare
@@ -161,7 +161,7 @@ class Course:
 
     def check(self, run: Run) -> int:
         """Assert that the newest whole checkpoint is on course; its step."""
-        path, content, _ = runs.newest(run)
+        path, content, _ = checkpoints.newest(run)
         step = int(content["global_step"])
         assert state_of(path) == self.known[step], f"step {step} of {path} is off course"
         return step

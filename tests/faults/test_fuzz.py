@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kit import STEPS, TINY, fuzz, verb
 
-from nano_moe import recipe_file, runs
+from nano_moe import checkpoints, recipe_file, runs
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
 from nano_moe.explorer import opened
@@ -356,7 +356,7 @@ def test_checkpoints(here, ledger, edits, sealed):
     raw = Path("checkpoints/whole/last.ckpt").read_bytes()
     Path("f.ckpt").write_bytes(damaged(raw if sealed else raw[:-SEAL_BYTES], edits))
     with ledger.attempt("fuzz: checkpoints"), WATCH.within():
-        refused = refusal_of(runs.read_checkpoint, Path("f.ckpt"))
+        refused = refusal_of(checkpoints.read_checkpoint, Path("f.ckpt"))
     if refused is None:
         content = torch.load("f.ckpt", weights_only=True)
         assert isinstance(content["global_step"], int) and content["state_dict"]
@@ -372,8 +372,8 @@ def test_checkpoints_of_another_shape(here, ledger, value, keys):
             place["global_step" if key == "step" else key] = value
     torch.save(content, "f.ckpt")
     with ledger.attempt("fuzz: checkpoints of another shape"), WATCH.within():
-        if refusal_of(runs.read_checkpoint, Path("f.ckpt")) is None:
-            found = runs.read_checkpoint(Path("f.ckpt"))
+        if refusal_of(checkpoints.read_checkpoint, Path("f.ckpt")) is None:
+            found = checkpoints.read_checkpoint(Path("f.ckpt"))
             whole = Run(Path("checkpoints/whole"))
             refusal_of(runs.check_recipe, whole, whole.recipe(), found)
 

@@ -12,7 +12,7 @@ import torch
 from forking import ended, fork
 from kit import STEPS, Course, copy_of, times
 
-from nano_moe import runs
+from nano_moe import checkpoints, runs
 from nano_moe.runs import Run
 from nano_moe.training.module import Decoder
 
@@ -147,7 +147,7 @@ def test_killed_between_the_two_renames_the_one_before_is_taken(course, ledger):
     """The moment at which there is no last.ckpt at all; made by hand, nothing is killed."""
     run = copy_of(course.whole, "broken")
     run.last.unlink()
-    found = runs.newest(run)
+    found = checkpoints.newest(run)
     assert found.path == run.previous and "last.ckpt: no such checkpoint" in found.warning
     with ledger.attempt("between a checkpoint's two renames: resume takes previous.ckpt"):
         course.go_on(run)

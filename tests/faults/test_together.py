@@ -10,7 +10,7 @@ from kit import copy_of, refused, times, verb, wait_for
 
 from nano_moe import runs
 from nano_moe.runs import Run
-from nano_moe.text import store
+from nano_moe.text import building, place, store
 from nano_moe.training.module import Decoder
 
 pytestmark = pytest.mark.slow
@@ -94,14 +94,14 @@ def test_a_killed_process_holds_no_lock(course):
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_preparing_one_corpus_at_once(course, ledger, kind, monkeypatch):
     """One builds it, the others wait and open what it built."""
-    build = store._build
+    build = store.build
 
     def counted(*arguments):
         with open("built", "a") as file:
             file.write("x")
         build(*arguments)
 
-    monkeypatch.setattr(store, "_build", counted)
+    monkeypatch.setattr(store, "build", counted)
     for i in range(times(1, 4)):
         Path("built").write_text("")
         arguments = ["prepare", "tiny.yaml", f"data.cache=new{i}", f"data.tokenizer={kind}"]
@@ -113,14 +113,14 @@ def test_preparing_one_corpus_at_once(course, ledger, kind, monkeypatch):
 
 
 def test_a_preparer_that_is_killed_is_followed_by_the_one_that_waits(course, ledger, monkeypatch):
-    build = store._build
+    build = store.build
 
     def stuck(*arguments):
         Path("begun").write_text("")
         signal.pause()
 
     def first() -> None:
-        store._build = stuck
+        store.build = stuck
         verb("prepare", "tiny.yaml", "data.cache=new")
 
     with ledger.attempt("kill -9 in preparing, another process waiting"):
@@ -131,18 +131,21 @@ def test_a_preparer_that_is_killed_is_followed_by_the_one_that_waits(course, led
         assert ended(killed) == -signal.SIGKILL and ended(waiting) == 0
         (folder,) = Path("new").iterdir()
         store.open_corpus(folder)
-    assert store._build is build
+    assert store.build is build
 
 
-@pytest.mark.parametrize("part", ["_read", "_tokenizer", "_write_meta", "sync"])
-def test_killed_in_preparing(course, ledger, monkeypatch, part):
+@pytest.mark.parametrize(
+    ("module", "part"),
+    [*((building, part) for part in ("_read", "_tokenizer", "_write_meta")), (place, "sync")],
+)
+def test_killed_in_preparing(course, ledger, module, part):
     """Nothing under the final name, and the next one builds the same."""
 
     def die(*arguments, **named):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def first() -> None:
-        setattr(store, part, die)
+        setattr(module, part, die)
         verb("prepare", "tiny.yaml", "data.cache=new")
 
     with ledger.attempt("kill -9 in preparing"):

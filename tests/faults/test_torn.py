@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import SAVE_EVERY, STEPS, copy_of, state_of, times, verb
 
-from nano_moe import runs
+from nano_moe import checkpoints
+from nano_moe.checkpoints import DamagedCheckpoint
 from nano_moe.errors import UserError
 from nano_moe.explorer.opened import find
 from nano_moe.files import SEAL, SEAL_BYTES, is_damaged, replacing
-from nano_moe.runs import DamagedCheckpoint
 
 
 def tear(path: Path, draw: random.Random) -> str:
@@ -47,7 +47,7 @@ def test_no_damage_is_ever_read_as_a_checkpoint(course, ledger):
         way = tear(path, draw)
         with ledger.attempt("a torn checkpoint is told apart"):
             try:
-                runs.read_checkpoint(path)
+                checkpoints.read_checkpoint(path)
             except DamagedCheckpoint:
                 refused += 1
             else:
@@ -74,7 +74,7 @@ def test_a_checkpoint_of_an_older_version_has_no_checksum_and_is_read(course):
     raw = course.whole.last.read_bytes()
     assert raw[-SEAL_BYTES:].startswith(SEAL)
     Path("older.ckpt").write_bytes(raw[:-SEAL_BYTES])
-    assert runs.read_checkpoint(Path("older.ckpt"))["global_step"] == STEPS
+    assert checkpoints.read_checkpoint(Path("older.ckpt"))["global_step"] == STEPS
 
 
 def test_resume_goes_on_from_the_one_before(course, ledger):
@@ -134,4 +134,4 @@ def test_a_foreign_checkpoint_is_not_passed_over(course):
     run = copy_of(course.whole, "broken")
     torch.save({"weight": torch.ones(2)}, run.last)
     with pytest.raises(UserError, match="not one of nano_moe"):
-        runs.newest(run)
+        checkpoints.newest(run)

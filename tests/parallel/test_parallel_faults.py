@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nano_moe import launch, recipe_file, runs
+from nano_moe import checkpoints, launch, recipe_file, runs
 from nano_moe.config import Recipe
 from nano_moe.device import choose_devices, count_processes
 from nano_moe.errors import UserError
@@ -98,7 +98,7 @@ def fault_of(leader: subprocess.Popen[str], seconds: float = 60) -> str:
 
 
 def step_of(name: str) -> int:
-    return int(runs.read_checkpoint(Path(f"checkpoints/{name}/last.ckpt"))["global_step"])
+    return int(checkpoints.read_checkpoint(Path(f"checkpoints/{name}/last.ckpt"))["global_step"])
 
 
 def test_a_process_that_dies_ends_the_training_which_goes_on_in_another_layout(place):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nano_moe import runs
+from nano_moe import checkpoints, runs
 from nano_moe.evaluation import evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -186,7 +186,7 @@ def test_one_process_reads_and_scores_what_any_layout_wrote(trained, monkeypatch
     monkeypatch.chdir(path)
     for layout in LAYOUTS[n]:
         name = f"fp32-muon-{layout}".replace(" ", "_")
-        recipe, model, _ = runs.load_model(runs.find(name))
+        recipe, model, _ = checkpoints.load_model(runs.find(name))
         scored = evaluate(model, cases.corpus(recipe), batch_size=4, precision="fp32")
         told = [float(row["val/ce"]) for row in rows(path, name) if row["val/ce"]]
         assert scored.overall.ce == pytest.approx(min(told), abs=1e-6)

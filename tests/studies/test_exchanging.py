@@ -6,8 +6,8 @@ import torch
 from nano_moe import runs
 from nano_moe.bench import comm
 from nano_moe.bench.offload import draw_weights
+from nano_moe.checkpoints import load_model
 from nano_moe.evaluation import spread_windows
-from nano_moe.runs import load_model
 from nano_moe.studies import exchanging
 from nano_moe.studies.schema import EXCHANGED
 

@@ -7,9 +7,9 @@ import torch
 
 from nano_moe import runs
 from nano_moe.bench.offload import draw_weights, measure
+from nano_moe.checkpoints import load_model
 from nano_moe.errors import UserError
 from nano_moe.evaluation import spread_windows
-from nano_moe.runs import load_model
 from nano_moe.studies import offloading
 
 

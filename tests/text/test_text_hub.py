@@ -14,7 +14,7 @@ import pytest
 from nano_moe import recipe_file
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
-from nano_moe.text import hub, shelf, store
+from nano_moe.text import building, hub, place, shelf, store
 from nano_moe.text.store import prepare
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -200,7 +200,7 @@ def _names(corpus):
 
 def killed_after(monkeypatch, n: int) -> None:
     """The n-th note from now on is the last thing that happens."""
-    real, left = store.Place.note, [n]
+    real, left = place.Place.note, [n]
 
     def note(self, what, found):
         real(self, what, found)
@@ -208,15 +208,15 @@ def killed_after(monkeypatch, n: int) -> None:
         if left[0] == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(store.Place, "note", note)
+    monkeypatch.setattr(place.Place, "note", note)
 
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_killed_at_every_note_it_ends_with_the_same_bytes(data, tmp_path, monkeypatch, step):
     expected = contents(ready(data.model_copy(update={"cache": str(tmp_path / "whole")})))
     monkeypatch.setattr(shelf, "WAITING", 30_000)
-    monkeypatch.setattr(store, "BATCH", 10_000)
-    monkeypatch.setattr(store, "NOTE_EVERY", 30_000)
+    monkeypatch.setattr(building, "BATCH", 10_000)
+    monkeypatch.setattr(building, "NOTE_EVERY", 30_000)
     kills, corpus = 0, None
     while corpus is None:
         with monkeypatch.context() as patch:

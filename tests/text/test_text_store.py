@@ -13,7 +13,7 @@ import pytest
 
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
-from nano_moe.text import store
+from nano_moe.text import building, store
 from nano_moe.text.store import open_corpus, prepare
 from nano_moe.text.windows import EvalWindows
 from nano_moe.text.writer import Growing
@@ -114,7 +114,7 @@ def test_bpe_is_trained_on_the_training_split_only(tmp_path):
 
 def test_second_time_is_opened_and_not_built(data, monkeypatch):
     first = ready(data)
-    monkeypatch.setattr(store, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(store, "build", lambda *_: pytest.fail("built again"))
     again = ready(data)
     assert (again.path, again.sha256) == (first.path, first.sha256)
     assert left_in(data) == [first.path.name]
@@ -240,16 +240,16 @@ def test_only_old_leftovers_of_the_same_corpus_are_removed(data):
 def test_loser_of_a_race_uses_the_winners_folder(data, monkeypatch):
     """On a disk that knows no locks."""
     monkeypatch.setattr(store, "locked", lambda path, wait: contextlib.nullcontext())
-    real = store._write_meta
+    real = building._write_meta
 
     def late(folder, *rest):
         """Another process finishes the same corpus just before this one does."""
-        monkeypatch.setattr(store, "_write_meta", real)
+        monkeypatch.setattr(building, "_write_meta", real)
         winners.append(ready(data).path.stat().st_ino)
         real(folder, *rest)
 
     winners: list[int] = []
-    monkeypatch.setattr(store, "_write_meta", late)
+    monkeypatch.setattr(building, "_write_meta", late)
     corpus = ready(data)
     assert [corpus.path.stat().st_ino] == winners
     assert left_in(data) == [corpus.path.name]

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from nano_moe.accounting import count
+from nano_moe.checkpoints import load_model
 from nano_moe.evaluation import evaluate
-from nano_moe.runs import load_model
 from nano_moe.training import logbook, module, telemetry, validation
 from nano_moe.training.alarm import Alarm
 from nano_moe.training.checkpoint import AtomicCheckpointIO
@@ -162,7 +162,10 @@ class Stepped:
 
 def test_an_alarm_sees_all_of_a_step_and_whole_intervals_alone(capsys):
     alarm = Alarm(1, every=2, enabled=True)
-    crowded, even = {"counts": torch.tensor([[8, 0, 0, 0]])}, {"counts": torch.tensor([[0, 8, 0, 0]])}
+    crowded, even = (
+        {"counts": torch.tensor([[8, 0, 0, 0]])},
+        {"counts": torch.tensor([[0, 8, 0, 0]])},
+    )
     for step in (2, 3, 4):  # resumed after step 1
         for outputs in (crowded, even) if step == 3 else (crowded, crowded):
             alarm.on_micro_batch_end(outputs)

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from nano_moe import runs
+from nano_moe import checkpoints, runs
 from nano_moe.errors import UserError
 from nano_moe.evaluation import evaluate
 from nano_moe.model.gpt import GPT, init_weights
@@ -135,7 +135,7 @@ def test_an_upcycled_run_resumes_and_loads_without_its_source(workshop):
     workshop.resume(stopped)
     a, b = (workshop.checkpoint(run.last)["state_dict"] for run in (whole, stopped))
     assert workshop.differences(a, b) == []
-    runs.load_model(stopped)
+    checkpoints.load_model(stopped)
 
 
 @pytest.mark.parametrize(
