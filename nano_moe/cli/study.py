@@ -57,16 +57,18 @@ def run(args: argparse.Namespace) -> int:
     if args.tier not in tiers:
         whole = tiers == ("full",)
         cure = (
-            "full runs alone; drop --tier" if whole else f"--tier {', '.join(tiers)} alone; say so"
+            "takes full runs only; drop --tier"
+            if whole
+            else f"takes only --tier {', '.join(tiers)}"
         )
-        raise UserError(f"study {args.action}: is of {cure}")
+        raise UserError(f"study {args.action}: {cure}")
     if args.seed is not None and args.action != "verify":
         raise UserError(f"study {args.action}: draws no run; drop --seed")
     if args.workers is not None and (args.action != "run" or args.tier == "smoke"):
-        raise UserError(f"--workers {args.workers}: is of runs in full alone; drop it")
+        raise UserError(f"--workers {args.workers}: only full runs take it; drop it")
     if args.action == "report":
         if args.study:
-            raise UserError("study report: is of all finished studies; name none")
+            raise UserError("study report: takes all finished studies; name none")
         return _report(args)
     chosen = [catalogue.find(name) for name in args.study] or catalogue.everything()
     if not chosen:

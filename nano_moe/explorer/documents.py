@@ -43,5 +43,5 @@ def finish(parts: Parts) -> Any:
 
 
 def _whole(make: Callable[[], Any]) -> Parts:
+    yield from ()
     return make()
-    yield

@@ -1,7 +1,8 @@
 """One step of decoding on a CPU: a token per row through all layers, by kernels alone.
 
 A step of a small model is a few hundred microseconds of arithmetic; PyTorch's operators, each with
-its own launch, take ten times that. Here the weights are read where they lie, and the cache is the
+its own launch, take ten times that. What is computed is what `GPT.forward` says, and without this
+module decoding goes that way. Here the weights are read where they lie, and the cache is the
 one that the decoder itself uses, so that either may go on where the other stopped.
 
 Shapes: B rows, D d_model, V vocabulary, E experts, K top_k, F hidden width, H query heads, G

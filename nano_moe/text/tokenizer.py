@@ -23,7 +23,7 @@ import numpy as np
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
 from nano_moe.files import write_text
-from nano_moe.text import fast
+from nano_moe.text import tokenizer_json
 from nano_moe.text.spelling import spelling
 
 if TYPE_CHECKING:
@@ -262,11 +262,11 @@ class FileTokenizer(Tokenizer):
     @classmethod
     def read(cls, path: Path) -> FileTokenizer:
         """The tokenizer of a tokenizer.json and of what lies beside it."""
-        return cls(*fast.read(path))
+        return cls(*tokenizer_json.read(path))
 
     @cached_property
     def backend(self) -> Tokenizers:
-        return fast.backend_of(self.saved)
+        return tokenizer_json.backend_of(self.saved)
 
     def canonical(self, text: str) -> str:
         return self._spelling.canonical(_encodable(text))

@@ -18,7 +18,7 @@ from nano_moe.training.step_callback import StepCallback
 CROWDED = 0.6  # share of tokens that visit one expert
 
 
-class Alarm(StepCallback):
+class LoadAlarm(StepCallback):
     """Warns, once per layer and kind, of an expert that most tokens visit or that none does.
 
     Over `every` steps, of which none is missing. `worst_share` is the last step's largest share of

@@ -26,7 +26,7 @@ from nano_moe.footprint import peak
 from nano_moe.memory import keep_freed_memory, return_freed_memory
 from nano_moe.runs import Run, check_corpus, check_recipe, describe, training, write_json
 from nano_moe.text.store import Corpus
-from nano_moe.training.alarm import Alarm
+from nano_moe.training.alarm import LoadAlarm
 from nano_moe.training.checkpoint import AtomicCheckpointIO, SaveLast
 from nano_moe.training.clock import Clock
 from nano_moe.training.data import TokenData
@@ -99,7 +99,7 @@ def _fit(
     telemetry = Telemetry(recorder, clock, recipe, precision)
     validation = Validation(run, corpus, recorder, clock, precision)
     top_k = 0 if recipe.model.moe is None else recipe.model.moe.top_k
-    alarm = Alarm(top_k, recipe.trainer.log_every, progress)
+    alarm = LoadAlarm(top_k, recipe.trainer.log_every, progress)
     spikes = SpikeAlarm(recipe.trainer.log_every, recipe.optim.grad_clip, progress)
     bar = Progress(recipe.tokens_per_step, clock, validation, alarm, progress)
     save = SaveLast(run, recipe.trainer.save_every, stop, clock)

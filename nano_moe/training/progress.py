@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_moe.training.alarm import Alarm
+from nano_moe.training.alarm import LoadAlarm
 from nano_moe.training.clock import Clock
 from nano_moe.training.step_callback import StepCallback
 
@@ -18,7 +18,7 @@ class Progress(StepCallback):
     """One line on stderr, a tick per optimizer step."""
 
     def __init__(
-        self, tokens_per_step: int, clock: Clock, validation: Any, alarm: Alarm, enabled: bool
+        self, tokens_per_step: int, clock: Clock, validation: Any, alarm: LoadAlarm, enabled: bool
     ):
         self.tokens_per_step, self.clock, self.enabled = tokens_per_step, clock, enabled
         self.validation, self.alarm = validation, alarm

@@ -16,7 +16,7 @@ from nano_moe.accounting import count
 from nano_moe.checkpoints import load_model
 from nano_moe.evaluation import evaluate
 from nano_moe.training import logbook, module, telemetry, validation
-from nano_moe.training.alarm import Alarm
+from nano_moe.training.alarm import LoadAlarm
 from nano_moe.training.checkpoint import AtomicCheckpointIO
 from nano_moe.training.clock import Clock
 from nano_moe.training.module import Decoder
@@ -137,7 +137,7 @@ def test_event_files_of_a_run_on_a_laptop_stay_small(workshop):
 
 
 def alarm_on(*counts, top_k=1):
-    found = Alarm(top_k, every=10, enabled=False)
+    found = LoadAlarm(top_k, every=10, enabled=False)
     return [found.faults(torch.tensor(each), [0, 3][: len(each)]) for each in counts]
 
 
@@ -161,7 +161,7 @@ class Stepped:
 
 
 def test_an_alarm_sees_all_of_a_step_and_whole_intervals_alone(capsys):
-    alarm = Alarm(1, every=2, enabled=True)
+    alarm = LoadAlarm(1, every=2, enabled=True)
     crowded, even = (
         {"counts": torch.tensor([[8, 0, 0, 0]])},
         {"counts": torch.tensor([[0, 8, 0, 0]])},
