@@ -6,15 +6,12 @@ C head width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from nano_moe.config import ModelConfig
-from nano_moe.model import kernels
+from nano_moe.model import kernels, one_pass
 from nano_moe.model.cache import LayerCache
 from nano_moe.model.ops import RMSNorm, at_least_float32
 
@@ -66,7 +63,9 @@ class Attention(nn.Module):
         fits = cos.shape == sin.shape == (x.shape[1], self.head_size)
         if fits and kernels.usable(x, weight, cos, sin):
             eps = norm.eps if isinstance(norm, RMSNorm) else 0.0
-            return OnePass.apply(x.unflatten(-1, (-1, self.head_size)), weight, eps, cos, sin)
+            return one_pass.NormAndRotation.apply(
+                x.unflatten(-1, (-1, self.head_size)), weight, eps, cos, sin
+            )
         heads = x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
         return rotate(norm(heads), cos, sin).to(x.dtype)
 
@@ -100,35 +99,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, past: LayerCache | None, gqa: bool =
     if past is None or past.cache.is_first:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=past.cache.mask(), enable_gqa=gqa)
-
-
-class OnePass(torch.autograd.Function):
-    """Norm and rotation of all heads on a CPU, keeping the projection alone.
-
-    The heads stay beside each other in memory, so that what comes out of attention lies as the
-    output projection wants it and is not copied.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
-    ) -> Tensor:  # (B, T, H, C) -> (B, H, T, C)
-        x, cos, sin = (t.contiguous() for t in (x, cos, sin))
-        y = torch.empty_like(x)
-        kernels.launch(
-            kernels.rotary_forward, x.flatten(0, 1), weight, eps, cos, sin, y.flatten(0, 1)
-        )
-        ctx.save_for_backward(x, weight, cos, sin)
-        ctx.eps = eps
-        return y.transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, cos, sin = ctx.saved_tensors
-        dy, dx = gradients[0].transpose(1, 2).contiguous(), torch.empty_like(x)
-        parts = torch.zeros(kernels.PARTS, len(weight))
-        saved = (x.flatten(0, 1), weight, ctx.eps, cos, sin)
-        rows = (dy.flatten(0, 1), dx.flatten(0, 1))
-        kernels.launch(kernels.rotary_backward, *saved, *rows, parts)
-        return dx, parts.sum(0).to(weight.dtype), None, None, None

@@ -6,14 +6,12 @@ Shapes: D d_model, F hidden width; `...` any leading dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from nano_moe.model import kernels
+from nano_moe.model import kernels, one_pass
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -52,29 +50,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
         fits = x.shape[-1:] == self.weight.shape and x.dtype == self.weight.dtype
         if fits and kernels.usable(x, self.weight):
-            return OnePassNorm.apply(x, self.weight, self.eps)
+            return one_pass.Norm.apply(x, self.weight, self.eps)
         wide = at_least_float32(x)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
-
-
-class OnePassNorm(torch.autograd.Function):
-    """RMSNorm on a CPU, keeping its input alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = x.contiguous().view(-1, len(weight))
-        y = torch.empty_like(rows)
-        kernels.launch(kernels.rms_norm_forward, rows, weight, eps, y)
-        ctx.save_for_backward(rows, weight)
-        ctx.eps = eps
-        return y.view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows, weight = ctx.saved_tensors
-        dy, dx = gradients[0].contiguous().view_as(rows), torch.empty_like(rows)
-        parts = torch.zeros(kernels.PARTS, len(weight))
-        kernels.launch(kernels.rms_norm_backward, rows, weight, ctx.eps, dy, dx, parts)
-        return dx.view_as(gradients[0]), parts.sum(0).to(weight.dtype), None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nano_moe.model import kernels
+from nano_moe.model import kernels, one_pass
 
 
 class Routing(NamedTuple):
@@ -48,12 +48,7 @@ def best_experts(scores: Tensor, top_k: int) -> Tensor:
     """The experts of the largest scores, best first: (N, E) -> (N, K) int64."""
     if not kernels.usable(scores, dtypes=kernels.FLOAT32):
         return scores.topk(top_k, dim=-1).indices
-    ids = torch.empty(len(scores), top_k, dtype=torch.int64)
-    width = -(-scores.shape[1] // kernels.LANES) * kernels.LANES
-    places = torch.arange(width, dtype=torch.int32)
-    keys = torch.full((kernels.PARTS, width), torch.iinfo(torch.int32).min, dtype=torch.int32)
-    kernels.launch(kernels.top_k, scores.contiguous(), places, keys, ids)
-    return ids
+    return one_pass.largest(scores, top_k)
 
 
 def gate_weights(chosen: Tensor, normalize: bool) -> Tensor:

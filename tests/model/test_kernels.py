@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from nano_moe.model import attention, fused, kernels
+from nano_moe.model import attention, fused, kernels, one_pass
 from nano_moe.model.ffn import FFN
 from nano_moe.model.loss import cross_entropy
 from nano_moe.model.ops import RMSNorm
@@ -391,7 +391,7 @@ def place_heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def kernel_heads(cos: Tensor, sin: Tensor):
-    return lambda x, weight: attention.OnePass.apply(x, weight, EPS, cos, sin)
+    return lambda x, weight: one_pass.NormAndRotation.apply(x, weight, EPS, cos, sin)
 
 
 @given(
