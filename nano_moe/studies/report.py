@@ -27,7 +27,8 @@ repository (`make reproduce`). A gain is positive, a factor (×) above 1, where 
   reproduced*: the whole interval is smaller than that effect. *Undecided at this scale*: none of
   these; more runs, or longer ones, could tell.
 - Intervals are Student's t over differences paired by seed, each for itself: of many claims, one in
-  twenty would seem to show something if none did.
+  twenty would seem to show something if none did. A trend's is over slopes, one per line and seed;
+  lines of one seed saw the same text in the same order.
 - *Detectable*: the smallest true gain whose interval would exclude zero four times in five, at this
   n and spread.
 - Losses are of the whole validation split, mean ± standard deviation over seeds.
