@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -30,6 +32,7 @@ from nano_moe.runs import Run
 SILENCE = timedelta(minutes=10)  # of one process after which the others give up
 PATIENCE = timedelta(days=7)  # for the first to read a corpus
 NOTICE = 2.0  # seconds in which a lost connection is found to be an ended process
+ROLL = 10.0  # seconds in which processes that are there say so, once one of them is missed
 LOST = ("onnection", "imed out", "imeout", "gloo", "NCCL", "Broken pipe", "roadcast")
 
 Made = TypeVar("Made")
@@ -159,8 +162,11 @@ def _lost(error: RuntimeError, watch: launch.Watch) -> UserError | None:
     if fault is None and not dist.is_initialized():
         return _absent(error)
     if fault is None:
-        fault = _silent(str(error).splitlines()[0][:120])
-        speaks = ranks.leads() or ranks.count() == 2  # of two, the other cannot
+        there = _roll_call()
+        fault = _silent(there, str(error).splitlines()[0][:120])
+        speaks = ranks.rank() == min(there)
+        if not speaks:
+            time.sleep(ROLL)  # else our end would be taken for the fault
     else:
         speaks = watch.leader is None or os.environ["LOCAL_RANK"] == "1"
     if speaks and watch.leader is not None:
@@ -168,12 +174,28 @@ def _lost(error: RuntimeError, watch: launch.Watch) -> UserError | None:
     return (UserError if speaks else SaidElsewhere)(f"{fault}; {watch.advice}")
 
 
-def _silent(reason: str) -> str:
+def _roll_call() -> set[int]:
+    """The processes that miss another one, as this one does; none of them is the one that hangs."""
+    store = dist.distributed_c10d._get_default_store()
+    there = {ranks.rank()}
+
+    def call() -> None:
+        store.set(f"there/{ranks.rank()}", "")
+        time.sleep(ROLL)
+        there.update(n for n in range(ranks.count()) if store.check([f"there/{n}"]))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(2 * ROLL)  # process 0 keeps the store, and may be the one that is missed
+    return there if not thread.is_alive() else set(range(1, ranks.count()))
+
+
+def _silent(there: set[int], reason: str) -> str:
     """Of processes in touch, none of which is known to have ended."""
+    missed = sorted(set(range(ranks.count())) - there)
+    who = f"process {', '.join(map(str, missed))} of {ranks.count()}" if missed else "a process"
     if "imed out" not in reason and "imeout" not in reason:
-        return f"another process cannot be reached ({reason})"
-    n = ranks.count()
-    who = f"process {1 - ranks.rank()} of 2" if n == 2 else f"one of the other {n - 1} processes"
+        return f"{who} cannot be reached ({reason})"
     return f"{who} has been silent for {_minutes()} and may hang ({reason})"
 
 

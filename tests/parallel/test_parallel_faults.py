@@ -40,9 +40,9 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(*arguments: str, by: tuple[str, ...] = ("-m", "nano_moe")) -> subprocess.Popen[str]:
+def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *by, *arguments],
+        [sys.executable, "-m", "nano_moe", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -135,25 +135,51 @@ def test_a_leader_that_dies_ends_the_others(place):
 
 
 IMPATIENT = """
-import sys
 from datetime import timedelta
-from nano_moe.cli.main import main
 from nano_moe.training import processes
 processes.SILENCE = timedelta(minutes=0.5)
-sys.exit(main(sys.argv[1:]))
 """
 
 
+def rank_of(process: int) -> int:
+    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return int(dict(one.split(b"=", 1) for one in variables if one)[b"RANK"])
+
+
+@pytest.fixture
+def impatient(place, monkeypatch):
+    """Every process imports this first."""
+    (place / "sitecustomize.py").write_text(IMPATIENT)
+    monkeypatch.setenv("PYTHONPATH", f"{place}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+
+def several(n: int) -> list[str]:
+    fields = {"devices": n, "strategy": "ddp", "batch_size": n}
+    return ["train", "tiny.yaml", "--name", "x", *(f"trainer.{k}={v}" for k, v in fields.items())]
+
+
 @pytest.mark.slow
-def test_a_process_that_hangs_is_named(place):
-    two = ("trainer.devices=2", "trainer.strategy=ddp")
-    leader = start("train", "tiny.yaml", "--name", "x", *two, by=("-c", IMPATIENT))
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_process_that_hangs_is_named(place, impatient, n):
+    leader = start(*several(n))
     wait_for_rows(leader, "x", 6)
-    (other,) = others(leader)
-    os.kill(other, signal.SIGSTOP)
-    line = fault_of(leader, seconds=120)
-    assert line.startswith("error: process 1 of 2 has been silent for 0.5 minutes"), line
-    assert "make resume RUN=x" in line and is_gone(other)
+    number = {rank_of(other): other for other in others(leader)}
+    os.kill(number[n - 1], signal.SIGSTOP)
+    line = fault_of(leader, seconds=180)
+    assert line.startswith(f"error: process {n - 1} of {n} has been silent for 0.5 minutes"), line
+    assert "make resume RUN=x" in line and all(map(is_gone, number.values()))
+
+
+@pytest.mark.slow
+def test_a_first_process_that_hangs_is_named_by_one_of_the_others(place, impatient):
+    leader = start(*several(3))
+    wait_for_rows(leader, "x", 6)
+    left = others(leader)
+    os.kill(leader.pid, signal.SIGSTOP)
+    assert len(left) == 2 and all(is_gone(process, seconds=180) for process in left)
+    leader.kill()
+    told = [line for line in leader.communicate()[1].splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "process 0 of 3 has been silent for 0.5 minutes" in told[0], told
 
 
 @pytest.mark.parametrize(("rank", "told"), [(0, "1 of 2 processes"), (1, "no process 0 at 127")])
