@@ -282,7 +282,7 @@ def _price(axes: Axes, content: Mapping[str, Any]) -> None:
         [statistics.fmean(of) for of in (at[member], _of_member(content, member, "ce"))]
         for member in members
     ]
-    axes.plot(*zip(*means, strict=True), color="0.6", lw=1, zorder=0)
+    axes.plot(*zip(*means, strict=True), color="0.6", lw=1, zorder=0, label="means")
     _losses_over(axes, content, at, "MaxVio of the worst layer")
 
 
