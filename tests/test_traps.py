@@ -45,7 +45,7 @@ from nano_moe.model.routing import (
 )
 from nano_moe.studies import leak, plan
 from nano_moe.studies.schema import Comparison, Member, Study
-from nano_moe.training import optimizers
+from nano_moe.training import elementwise
 from nano_moe.training.balancing import Balancing
 from nano_moe.training.data import TokenData
 from nano_moe.training.module import Decoder
@@ -1300,14 +1300,15 @@ def assert_idle_expert_rests(experts: Experts, optimizer: torch.optim.Optimizer)
 
 def ours(experts: Experts, name: str) -> MuonAdamW:
     config = OptimConfig(name=name, lr=0.1, weight_decay=0.1)
-    return MuonAdamW(parameter_groups(experts, config), config)
+    layer = nn.ModuleDict({"layer": nn.ModuleDict({"ffn": experts})})
+    return MuonAdamW(parameter_groups(layer, config), config)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_t25_idle_experts_rest(name, monkeypatch):
     experts = Experts(3, 8, 8, "loop")
     assert_idle_expert_rests(experts, ours(experts, name))
-    monkeypatch.setattr(optimizers, "_live", lambda grad, parameter: grad.new_ones(len(grad)))
+    monkeypatch.setattr(elementwise, "nonzero", lambda grad: grad.new_ones(len(grad)))
     with mistake:
         assert_idle_expert_rests(experts, ours(experts, name))
 

@@ -116,4 +116,4 @@ def test_the_command_says_what_is_an_estimate(capsys):
     members = json.loads(capsys.readouterr().out)["members"]
     assert members["top-2"]["runs"] == 5 and members["top-2"]["tokens"] == 2500 * 2**19
     assert main(["study", "count", "sparse-vs-dense"]) == 2
-    assert "is of --tier gpu alone" in capsys.readouterr().err
+    assert "takes only --tier gpu" in capsys.readouterr().err
