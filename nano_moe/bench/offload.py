@@ -46,7 +46,7 @@ SHARES = (10, 25, 50, 75, 100)  # per cent; 12.5 would hold one token's experts 
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"prefetch": False}, {"policy": "lfu"}, {"policy": "lfu", "prefetch": False},
 )  # fmt: skip
-PROMPT, UNTIMED, TOKENS = 8, 4, 48
+PROMPT, UNTIMED, TOKENS = 8, 2, 48
 NOTES = (
     "anonymous, from files: growth of resident memory by the model and decoding; the system's own "
     "cache of the file is not in it.",
@@ -167,7 +167,10 @@ def measure(case: Case) -> Row:
     for token in case.text[PROMPT : PROMPT + UNTIMED]:
         decoding.append([token], [True])
         decoding.next_logits()
-    begun, seconds, left = _counts(store), 0.0, list[float]()
+    if store:
+        store.wait()
+        store.count_anew()
+    seconds, left = 0.0, list[float]()
     timed = case.text[PROMPT + UNTIMED :]
     for token in timed:
         decoding.append([token], [True])
@@ -177,7 +180,7 @@ def measure(case: Case) -> Row:
         start = time.perf_counter()
         decoding.next_logits()
         seconds += time.perf_counter() - start
-    since = Counts(*(now - then for now, then in zip(_counts(store), begun, strict=True)))
+    since = store.counts if store else Counts(0, 0, 0, 0, 0)
     return {
         "experts, GB": _expert_bytes(model, store) / 1e9,
         "anonymous, GB": (memory_of("RssAnon") - before["RssAnon"]) / 1e9,
@@ -207,10 +210,6 @@ def _load(case: Case) -> tuple[GPT, ExpertStore | None]:
         run, case.budget, policy=case.policy, prefetch=case.prefetch
     )
     return model, store
-
-
-def _counts(store: ExpertStore | None) -> Counts:
-    return store.counts if store else Counts(0, 0, 0, 0, 0)
 
 
 def _expert_bytes(model: GPT, store: ExpertStore | None) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
@@ -72,6 +72,12 @@ class ExpertStore:
     @property
     def counts(self) -> Counts:
         return Counts(self._hits, self._waited, self._misses, self._guessed, self._right)
+
+    def count_anew(self) -> None:
+        """From now on, and of guesses that are made from now on."""
+        with self._lock:
+            self._guesses.clear()
+            self._hits = self._waited = self._misses = self._guessed = self._right = 0
 
     def get(self, key: Key) -> tuple[Tensor, Tensor]:
         """An expert's weights, (2F or F, D) and (D, F); it is held until it is let go."""
@@ -164,21 +170,31 @@ class OffloadedExperts(nn.Module):
     ):
         super().__init__()
         self.activation, self.layer, self.store = ACTIVATIONS[activation], layer, store
+        self.gated = activation == "swiglu"
         self.ahead = [ahead] if ahead else []  # the next layer's router, and not a part of this one
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:  # (N, D) -> (N, D)
         ids, y = carried_out(routing)[0].view_as(routing.ids), torch.zeros_like(x)
-        called = [(self.layer, expert) for expert in ids.unique().tolist()]
+        for expert, (first, down) in self.each(ids.unique().tolist(), x):
+            token, slot = (ids == expert).nonzero(as_tuple=True)
+            out = F.linear(self.activation(F.linear(x[token], first)), down)
+            y = y.index_add(0, token, out * routing.weights[token, slot].unsqueeze(-1))
+        return y
+
+    def each(
+        self, experts: Iterable[int], x: Tensor
+    ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """Experts that tokens (N, D) call, and their weights, which stay until the next is asked.
+
+        What the next layer may call is asked for meanwhile.
+        """
+        called = [(self.layer, expert) for expert in experts]
         if len(called) <= len(self.store.first):
             self.store.hold(called)  # so that none makes room for another
             self._look_ahead(x)
         for key in called:
-            first, down = self.store.get(key)
-            token, slot = (ids == key[1]).nonzero(as_tuple=True)
-            out = F.linear(self.activation(F.linear(x[token], first)), down)
-            y = y.index_add(0, token, out * routing.weights[token, slot].unsqueeze(-1))
+            yield key[1], self.store.get(key)
             self.store.let_go(key)
-        return y
 
     def _look_ahead(self, x: Tensor) -> None:
         """Read what the next router would choose if it saw this layer's input.

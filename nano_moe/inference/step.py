@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nano_moe.inference import step_kernels
+from nano_moe.inference.offload import OffloadedExperts
 from nano_moe.model import kernels
 from nano_moe.model.attention import Attention
 from nano_moe.model.cache import Cache, LayerCache
@@ -38,14 +39,14 @@ SLOWER = 8  # an attention's multiply-add takes as long: no key is met twice, an
 ROWS, ROWS_BY_WIDTH = 16, 2**14
 # What a step knows how to compute; a class of another name computes something else.
 PARTS = {GPT, Block, Attention, FFN, MoE, Router, Experts, RMSNorm, nn.Embedding, nn.Linear}
-PARTS |= {nn.ModuleList, nn.Identity}
+PARTS |= {nn.ModuleList, nn.Identity, OffloadedExperts}
 
 
 def fits(model: nn.Module, n_rows: int = 1) -> bool:
     """Whether a `Step` computes what the model does, fast, and nobody listens to its parts.
 
-    Not latent attention, hashes, expert choice, groups and windows of routers, nor experts on disk,
-    other dtypes and devices, nor many rows: those are PyTorch's.
+    Not latent attention, hashes, expert choice, groups and windows of routers, nor other dtypes and
+    devices, nor many rows: those are PyTorch's.
     """
     if type(model) is not GPT or model.training or torch.is_autocast_enabled("cpu"):
         return False
@@ -181,8 +182,10 @@ class _Sparse:
         width = -(-n_experts // kernels.LANES) * kernels.LANES
         self.places = np.arange(width, dtype=np.int32)
         self.keys = np.full((1, width), np.iinfo(np.int32).min, np.int32)
-        first, down = moe.experts.weights
-        self.experts = _Experts(first, down, moe.experts.gated)
+        self.experts: _Experts | OffloadedExperts = moe.experts
+        if not isinstance(moe.experts, OffloadedExperts):
+            first, down = moe.experts.weights
+            self.experts = _Experts(first, down, moe.experts.gated)
 
     def __call__(self, normed: Array, x: Array) -> None:
         """x += what the chosen experts say of `normed`, both (B, D)."""
@@ -196,7 +199,26 @@ class _Sparse:
         starts = np.empty(len(self.scale) + 1, np.int64)
         given = (normed, scores, ids, self.scale, self.normalize)
         step_kernels.assign.alone(*given, rows, token, weight, starts)
-        self.experts.add(rows, starts, token, weight, x)
+        if isinstance(self.experts, _Experts):
+            self.experts.add(rows, starts, token, weight, x)
+        else:
+            self._add_stored(self.experts, normed, (rows, token, weight), starts, x)
+
+    def _add_stored(
+        self,
+        experts: OffloadedExperts,
+        normed: Array,
+        laid_out: tuple[Array, Array, Array],
+        starts: Array,
+        x: Array,
+    ) -> None:
+        """The same by one expert after the other, as they come from disk."""
+        called = np.flatnonzero(np.diff(starts)).tolist()
+        for expert, (first, down) in experts.each(called, torch.from_numpy(normed)):
+            here = slice(starts[expert], starts[expert + 1])
+            rows, token, weight = (part[here] for part in laid_out)
+            alone = _Experts(first[None], down[None], experts.gated)
+            alone.add(rows, np.array([0, len(rows)]), token, weight, x)
 
 
 class _Layer:

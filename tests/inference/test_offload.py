@@ -16,6 +16,7 @@ from safetensors.torch import save, save_file
 from nano_moe import runs
 from nano_moe.errors import UserError
 from nano_moe.inference import expert_file
+from nano_moe.inference.decoding import Decoding
 from nano_moe.inference.expert_file import EXPERTS, REST, split_weights
 from nano_moe.inference.offload import ExpertStore, load_offloaded, slots_of
 from nano_moe.model.gpt import GPT, init_weights
@@ -109,6 +110,24 @@ def test_logits_are_those_of_the_whole_model(saved, tokens, kind, budget, policy
         assert store.counts.misses == len(store.slots)  # each was read once
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget", ["34%", "100%"])
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_decoding_by_kernels_is_that_of_the_whole_model(saved, kind, budget, prefetch):
+    run, whole = saved(kind)
+    _, model, _, store = load_offloaded(run, budget, prefetch=prefetch)
+    rows = [[1, 2, 3], [4], [5, 6]]
+    ours, theirs = Decoding(model, rows), Decoding(whole, rows)
+    for token in range(6):
+        torch.testing.assert_close(ours.next_logits(), theirs.next_logits(), rtol=0, atol=1e-6)
+        for one in (ours, theirs):
+            one.append([token, token + 1, token], [True] * 3)
+    by_kernels = kind not in ("hash", "window")
+    assert all((one._step is not None) == by_kernels for one in (ours, theirs))
+    assert len(store.slots) <= len(store.first) and not store.held
+
+
 def test_the_model_holds_no_expert_of_its_own(saved):
     run, whole = saved(tie_embeddings=False)
     _, model, _, store = load_offloaded(run, "50%")
@@ -171,6 +190,9 @@ def test_a_right_guess_is_a_hit(saved):
     store.guess([(0, 1), (0, 2)])
     store.get((0, 1))
     assert store.counts._replace(waited=0) == (1, 0, 0, 2, 1)
+    store.count_anew()
+    store.get((0, 2))  # guessed before
+    assert store.counts._replace(waited=0) == (1, 0, 0, 0, 0)
 
 
 def test_files_are_made_once_and_again_for_another_checkpoint(saved, monkeypatch):
