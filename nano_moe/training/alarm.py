@@ -29,7 +29,8 @@ class LoadAlarm(StepCallback):
         self.top_k, self.every, self.enabled = top_k, every, enabled
         self.worst_share: float | None = None
         self._counts: Tensor | None = None  # (L, E), of this step so far
-        self._steps: list[Tensor] = []  # (L, E) each, since the last look
+        self._seen: Tensor | None = None  # (L, E), of `_steps` steps since the last look
+        self._steps = 0
         self._told: set[tuple[int, str]] = set()
 
     def on_micro_batch_end(self, outputs: Any) -> None:
@@ -44,12 +45,13 @@ class LoadAlarm(StepCallback):
         counts, self._counts = self._counts, None
         share = (counts.amax(-1) / counts.sum(-1)).max().item()
         self.worst_share = min(1.0, share * self.top_k)
-        self._steps.append(counts)
+        self._seen = counts if self._seen is None else self._seen + counts
+        self._steps += 1
         if trainer.global_step % self.every == 0:
-            if len(self._steps) == self.every:  # fewer after a stop
-                for line in self.faults(torch.stack(self._steps).sum(0), pl_module.layers):
+            if self._steps == self.every:  # fewer after a stop
+                for line in self.faults(self._seen, pl_module.layers):
                     tqdm.write(f"WARNING: step {trainer.global_step}: {line}", file=sys.stderr)
-            self._steps.clear()
+            self._seen, self._steps = None, 0
 
     def faults(self, counts: Tensor, layers: list[int]) -> list[str]:
         """What is new in (L, E) counts of several steps."""
