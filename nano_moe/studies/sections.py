@@ -13,7 +13,7 @@ from nano_moe.studies.catalogue import Found
 from nano_moe.studies.look_tables import look_tables
 from nano_moe.studies.tables import table
 from nano_moe.studies.time_tables import time_tables
-from nano_moe.studies.units import unit_of
+from nano_moe.studies.units import unit_of, yardstick
 
 UNDECIDED = "undecided at this scale"
 
@@ -136,7 +136,7 @@ def gain(one: Mapping[str, Any]) -> str:
     if one["relative"]:
         mean, low, high = (None if one[k] is None else math.exp(one[k]) for k in KEYS)
         bounds = "" if low is None or high is None else f"{low:.2f} to {high:.2f}, "
-        return f"× {mean:.2f} ({bounds}n = {one['n']})"
+        return f"× {mean:.2f}{yardstick(one)} ({bounds}n = {one['n']})"
     bounds = "" if one["low"] is None else f"{one['low']:.3f} to {one['high']:.3f}, "
     return f"{one['mean']:.3f} {unit_of(one)} ({bounds}n = {_count(one)})"
 

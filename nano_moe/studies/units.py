@@ -39,3 +39,9 @@ def unit_of(one: Mapping[str, Any]) -> str:
     """A comparison's, or a trend's: its slope over all of its points."""
     unit = UNITS[one["figure"]]
     return f"{unit} per {one['per']}, on average" if "per" in one else unit
+
+
+def yardstick(one: Mapping[str, Any]) -> str:
+    """What a factor is of, where that is not the other member's own figure."""
+    halved = one.get("than_figure") == "half_speed_ms_per_token"
+    return " of half the speed" if halved else ""
