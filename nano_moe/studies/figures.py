@@ -275,14 +275,16 @@ def _line_name(x: str, members: str | Sequence[str]) -> str:
 
 
 def _price(axes: Axes, content: Mapping[str, Any]) -> None:
-    """Final validation loss over MaxVio, a marker per run, means joined in the members' order."""
+    """Final validation loss over MaxVio, a marker per run.
+
+    Means are joined where members are named by the number that they vary.
+    """
     members = list(content["members"])
     at = {member: _of_member(content, member, "max_vio") for member in members}
-    means = [
-        [statistics.fmean(of) for of in (at[member], _of_member(content, member, "ce"))]
-        for member in members
-    ]
-    axes.plot(*zip(*means, strict=True), color="0.6", lw=1, zorder=0, label="means")
+    if all(re.fullmatch(r"[\d.]+", member) for member in members):
+        losses = [_of_member(content, member, "ce") for member in members]
+        xs, ys = ([statistics.fmean(one) for one in each] for each in (at.values(), losses))
+        axes.plot(xs, ys, color="0.6", lw=1, zorder=0, label="means")
     _losses_over(axes, content, at, "MaxVio of the worst layer")
 
 
