@@ -154,7 +154,8 @@ def _rows(one: Reported) -> Iterator[tuple[str, ...]]:
     counted = [f"{rest.count(v)} {v}" for v in dict.fromkeys(rest)]
     named = "; ".join([*counted, *(f"not reproduced: {says}" for says in failed)]) or "–"
     title = one.found.study.title
-    link = f"[{title}]({RESULTS}/RESULTS.md#{anchor(title)})"
+    twice = ", drawn twice" if one.again else ""
+    link = f"[{title}]({RESULTS}/RESULTS.md#{anchor(title)}){twice}"
     for number, (claim, verdict, gained) in enumerate(shown):
         told = (claim["says"], f"**{verdict}**", gained, detectable(claim))
         yield (link, *told, named) if number == 0 else ("", *told, "")
