@@ -42,6 +42,10 @@ def replacing(path: Path, *, sealed: bool = False, keep: Path | None = None) -> 
             os.replace(path, keep)
         os.replace(temporary, path)
         sync(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -128,7 +132,7 @@ def creating(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _creating(path: Path) -> Iterator[Path]:
     _check_absent(path)
-    _remove_abandoned(path)
+    remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -156,7 +160,7 @@ def _check_absent(path: Path) -> None:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
-def _remove_abandoned(path: Path) -> None:
+def remove_abandoned(path: Path) -> None:
     """Delete what killed processes left of `path`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         owner = left.name.removesuffix(".tmp").rpartition(".")[2]

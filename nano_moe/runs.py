@@ -108,7 +108,10 @@ class Run:
         return recipe.model_copy(update={"data": data})
 
     def manifest(self) -> dict[str, Any]:
-        return read_json(self.manifest_file)
+        content = read_json(self.manifest_file)
+        if not isinstance(content.get("corpus", {}), dict):
+            raise UserError(f"{self.manifest_file}: corpus: not what training writes; restore it")
+        return content
 
 
 def create(recipe: Recipe, *, stem: str, name: str | None = None, root: Path = ROOT) -> Run:

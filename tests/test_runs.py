@@ -206,6 +206,8 @@ def test_json_that_is_missing_or_damaged_is_one_line():
     assert "not JSON" in fault(run.manifest)
     run.manifest_file.write_bytes(b"\xff\xfe")
     assert "not JSON" in fault(run.manifest)
+    run.manifest_file.write_text('{"corpus": null}')
+    assert "corpus: not what training writes" in fault(run.manifest)
 
 
 def test_a_failed_write_leaves_the_file_as_it_was_and_nothing_beside_it(folder, monkeypatch):

@@ -102,12 +102,14 @@ def _score_tasks(args: argparse.Namespace, model: Any, corpus: Corpus, batch_siz
         return
     rows = [("bits per byte", figure(scored["bits_per_byte"]), f"{len(tasks.passages):,}")]
     pairs = scored["pairs"] or {"kinds": {}}
+    if pairs["kinds"]:
+        rows.append(("pairs: accuracy", figure(pairs["accuracy"], 3), f"{pairs['n']:,}"))
     for kind, found in pairs["kinds"].items():
         rows.append((f"pairs, {kind}: accuracy", figure(found["accuracy"], 3), f"{found['n']:,}"))
     if scored["cloze"]:
-        for name, digits in (("accuracy", 3), ("perplexity", 2)):
+        for name, unit, digits in (("accuracy", "", 3), ("perplexity", " of a word", 2)):
             value = figure(scored["cloze"][name], digits)
-            rows.append((f"cloze: {name}", value, f"{scored['cloze']['n']:,}"))
+            rows.append((f"cloze: {name}{unit}", value, f"{scored['cloze']['n']:,}"))
     print_table(f"tasks of the validation text (seed {seed})", ("", "value", "items"), rows)
 
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument(
-        "--prompt", action="append", help="text to continue (The); several are drawn together"
+        "--prompt",
+        action="append",
+        help="text to continue (The); give it again for more, which are drawn together",
     )
     parser.add_argument("--tokens", type=int, default=200, help="at most this many (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (0.8)")
@@ -37,13 +39,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("lru", "lfu"),
         help="with --expert-budget: which expert makes room (lru)",
     )
+    parser.add_argument(
+        "--expert-prefetch",
+        action="store_true",
+        help="with --expert-budget: read ahead what the next layer's router would choose now",
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     found = runs.find(args.run)
-    if args.expert_policy is not None and args.expert_budget is None:
-        raise UserError("--expert-policy: only with --expert-budget, which leaves experts on disk")
+    for name in ("expert_policy", "expert_prefetch"):
+        if getattr(args, name) and args.expert_budget is None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: only with --expert-budget, which leaves experts on disk")
     from nano_moe.inference.generate import check_sampling, generate_all
     from nano_moe.text.tokenizer import Tokenizer, check_fits
 
@@ -62,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     pieces = generate_all(model, tokenizer, prompts, **settings)
     if len(prompts) == 1 and not args.json:
         _stream(prompts[0], (piece for _, piece in pieces))
-        _tell(store)
+        _tell(store, args.expert_prefetch)
         return
     begun = time.perf_counter()
     texts = _together(len(prompts), pieces)
@@ -74,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         return
     for prompt, text in zip(prompts, texts, strict=True):
         print(f"{prompt}{text}\n")
-    _tell(store)
+    _tell(store, args.expert_prefetch)
 
 
 def _load(run: Run, args: argparse.Namespace) -> tuple[GPT, int, ExpertStore | None]:
@@ -83,17 +92,17 @@ def _load(run: Run, args: argparse.Namespace) -> tuple[GPT, int, ExpertStore | N
         return model, step, None
     from nano_moe.inference.offload import load_offloaded
 
-    budget = args.expert_budget
-    _, model, step, store = load_offloaded(run, budget, policy=args.expert_policy or "lru")
+    how = {"policy": args.expert_policy or "lru", "prefetch": args.expert_prefetch}
+    _, model, step, store = load_offloaded(run, args.expert_budget, **how)
     return model, step, store
 
 
-def _tell(store: ExpertStore | None) -> None:
+def _tell(store: ExpertStore | None, ahead: bool) -> None:
     if store is not None:
         print(
             f"experts in memory: {len(store.first)} of {len(store.file.keys)}; "
             f"{store.counts.hit_rate:.0%} of {store.counts.hits + store.counts.misses:,} calls "
-            f"found theirs there or on its way",
+            f"found their expert there{' or on its way' if ahead else ''}",
             file=sys.stderr,
         )
 

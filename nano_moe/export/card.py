@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER{options})
 ids = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, do_sample=False)[0]))
+print(tokenizer.decode(model.generate(**ids, do_sample=False, max_new_tokens=100)[0]))
 ```
 
 {tokenizer}
@@ -41,6 +41,7 @@ done about what its training text says.
 | validation cross-entropy | {ce} |
 | validation bits per byte | {bpb} |
 | trained on | {seen:,} tokens ({step:,} of {steps:,} steps), seed {seed} |
+| text | {text} |
 | corpus | sha256 {corpus} |
 | source | nano_moe commit {commit} |
 
@@ -49,6 +50,13 @@ done about what its training text says.
 ```yaml
 {recipe}```
 """
+
+
+TERMS = {  # of embedded domains that ask for something
+    "encyclopedia_en": "encyclopedia_en by Wikipedia's contributors, CC BY-SA 4.0",
+    "encyclopedia_es": "encyclopedia_es by Wikipedia's contributors, CC BY-SA 4.0",
+    "code_python": "code_python by PyTorch's contributors, BSD-3-Clause",
+}
 
 
 class Exported(NamedTuple):
@@ -82,10 +90,22 @@ def model_card(run: Run, recipe: Recipe, step: int, exported: Exported) -> str:
         step=step,
         steps=recipe.trainer.steps,
         seed=recipe.seed,
+        text=text_of(recipe),
         corpus=manifest.get("corpus", {}).get("sha256"),
         commit=manifest.get("git_commit"),
         recipe=recipe_file.dump(recipe),
     )
+
+
+def text_of(recipe: Recipe) -> str:
+    """What the recipe reads, and the terms that whoever publishes the model should pass on."""
+    data = recipe.data
+    if data.hub is not None:
+        return f"the dataset {data.hub.dataset} of the Hugging Face hub"
+    if not data.domains:
+        return "files of the user's own"
+    terms = [said for domain, said in TERMS.items() if domain in data.domains]
+    return "; ".join([f"{', '.join(data.domains)} (sources: data/README.md of nano_moe)", *terms])
 
 
 def figures(run: Run, step: int) -> dict[str, float] | None:

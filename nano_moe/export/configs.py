@@ -153,6 +153,8 @@ def model_of_config(family: str, theirs: Any, traits: Traits, path: Path) -> Mod
         ours = _model(family, theirs, traits)
     except (ValidationError, FieldFault, AttributeError, TypeError) as error:
         raise UserError(f"{path}: no recipe says this ({fault_of(error)})") from error
+    if ours.moe is None and family not in ("Llama", "Qwen3"):
+        raise UserError(f"{path}: {family}: no layer has experts; a dense class computes the same")
     again = config_of(family, ours)
     field = first_difference(theirs, again)
     if field is not None:

@@ -20,6 +20,7 @@ from nano_moe.errors import UserError
 from nano_moe.export.pieces import END, check_pieces, merges_of, spelt
 from nano_moe.text.spelling import BYTES, flat
 from nano_moe.text.tokenizer import (
+    BROKEN,
     GPT2_SHA256,
     UNKNOWN,
     BPETokenizer,
@@ -108,7 +109,7 @@ def read(path: Path) -> Tokenizer:
         tokenizer = _of(saved)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except BROKEN as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not a readable fast tokenizer ({what[:120]})") from error
     return tokenizer

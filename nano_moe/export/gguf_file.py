@@ -21,7 +21,7 @@ from nano_moe.errors import UserError
 from nano_moe.export import demands
 from nano_moe.export.demands import ANY_ROUTER, SWIGLU, Target, choose
 from nano_moe.export.pieces import END, check_pieces, merges_of, spelt
-from nano_moe.export.tensors import Tensors, check_finite, interleaved, without_training
+from nano_moe.export.tensors import RETRAIN, Tensors, check_finite, interleaved, without_training
 from nano_moe.files import creating
 from nano_moe.runs import Run
 from nano_moe.text.tokenizer import Tokenizer, check_fits
@@ -75,6 +75,12 @@ QUANTS = {
 EXPERTS_ALONE = "experts-"  # begins kinds that leave all else in f32
 EXPERTS = ("_exps.", "_shexp.")  # in the names of experts' tensors
 NEVER = f"{END} {END}"  # no text begins with such pieces; llama.cpp wants a merge, if only this one
+F16 = 65504.0  # the largest
+LARGEST = {  # number that a kind can hold: in blocks, by their f16 scale
+    GGMLQuantizationType.F16: F16,
+    GGMLQuantizationType.Q8_0: 127 * F16,
+    GGMLQuantizationType.Q4_0: 8 * F16,
+}
 BLOCK = 32  # numbers that q8_0 and q4_0 store together; rows are whole blocks
 
 
@@ -101,7 +107,7 @@ def export(run: Run, target: Path, quant: str) -> Result:
         check_experts(recipe.model)
     with creating(target) as path:
         _, model, step = checkpoints.load_model(run)
-        check_finite(model.state_dict(), run.path)
+        check_finite(model.state_dict(), run.path, RETRAIN)
         tokenizer = Tokenizer.load(run.tokenizer_file)
         check_fits(tokenizer, recipe.model.vocab_size)
         check_tokenizer(tokenizer)
@@ -250,14 +256,25 @@ def write(
             stored = storage(tensor_name, tuple(tensor.shape), quant)
             if stored != kind and stored == GGMLQuantizationType.F16:
                 kept.append(tensor_name)
-            rows = np.ascontiguousarray(tensor.numpy(), np.float32)
-            writer.add_tensor(tensor_name, gguf.quantize(rows, stored), raw_dtype=stored)
+            writer.add_tensor(tensor_name, rounded(tensor_name, tensor, stored), raw_dtype=stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
     return kept
+
+
+def rounded(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+    """As it is stored; raises UserError where a number, or a block's f16 scale, would overflow."""
+    rows = np.ascontiguousarray(tensor.float().cpu().numpy(), np.float32)
+    largest = float(np.abs(rows).max(initial=0))
+    if largest > LARGEST.get(kind, np.inf):
+        raise UserError(
+            f"{name}: holds {largest:.3g}, and {kind.name} no more than {LARGEST[kind]:.3g}; "
+            "write it in f32"
+        )
+    return gguf.quantize(rows, kind)
 
 
 def storage(name: str, shape: tuple[int, ...], quant: str) -> GGMLQuantizationType:

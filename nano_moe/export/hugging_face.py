@@ -18,7 +18,7 @@ from nano_moe.config import ModelConfig, Recipe
 from nano_moe.export import fast_tokenizer
 from nano_moe.export.card import Exported, model_card
 from nano_moe.export.families import FAMILIES, family_of, model_of
-from nano_moe.export.tensors import check_finite, without_training
+from nano_moe.export.tensors import RETRAIN, check_finite, without_training
 from nano_moe.export.weights import weights_of
 from nano_moe.files import creating
 from nano_moe.model.gpt import GPT
@@ -52,7 +52,7 @@ def export(run: Run, target: Path) -> Result:
     with creating(target) as folder:
         folder.mkdir()
         _, model, step = checkpoints.load_model(run)
-        check_finite(model.state_dict(), run.path)
+        check_finite(model.state_dict(), run.path, RETRAIN)
         tokenizer = Tokenizer.load(run.tokenizer_file)
         check_fits(tokenizer, recipe.model.vocab_size)
         notes = _notes(family, recipe.model)
@@ -135,9 +135,7 @@ def _ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _generation(tokenizer: Tokenizer, config: ModelConfig) -> transformers.GenerationConfig:
     unused = list(range(tokenizer.n_vocab, config.vocab_size))
-    return transformers.GenerationConfig(
-        **_ids(tokenizer), max_length=config.context, suppress_tokens=unused or None
-    )
+    return transformers.GenerationConfig(**_ids(tokenizer), suppress_tokens=unused or None)
 
 
 def _said_of(tokenizer: Tokenizer) -> str:

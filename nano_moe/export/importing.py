@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import transformers
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nano_moe import recipe_file, runs
@@ -19,6 +21,7 @@ from nano_moe.export import fast_tokenizer
 from nano_moe.export.configs import UNSEEN, fault_of, first_difference, model_of_config
 from nano_moe.export.families import FAMILIES, config_of
 from nano_moe.export.hugging_face import PROVENANCE, SCHEMA, load, quiet
+from nano_moe.export.tensors import check_finite
 from nano_moe.export.weights import state_of, traits_of
 from nano_moe.files import creating, make_folder, write_text
 from nano_moe.model.gpt import GPT
@@ -26,6 +29,7 @@ from nano_moe.runs import Run
 from nano_moe.text.store import Corpus
 from nano_moe.text.tokenizer import FileTokenizer, Tokenizer
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 FIXED = ("byte", "char", "gpt2")  # kinds that do not depend on the text
 
 
@@ -60,6 +64,9 @@ def _config(folder: Path) -> tuple[str, Any]:
         raise UserError(f"{folder}: no such folder; name one that holds a config.json")
     path = folder / "config.json"
     said = _said(path)
+    for field in ("transformers_weights", "num_labels"):  # other files; a name for every label
+        if field in said:
+            raise UserError(f"{path}: {field}: no field of a language model; delete that line")
     known = {f"{family}ForCausalLM": family for family in FAMILIES}
     named = said.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else named
@@ -85,8 +92,10 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         pickled = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
         held = f"only {pickled[0]}, which is never unpickled" if pickled else "no weights"
         raise UserError(f"{folder}: holds {held}; give a folder with *.safetensors")
+    _check_index(folder / "model.safetensors.index.json")
+    _check_stored(folder)
     try:
-        model, found = load(folder)
+        model, found = load(folder, ignore_mismatched_sizes=True)  # they are told below
     except Exception as error:  # safetensors, json and transformers raise many kinds
         raise UserError(f"{folder}: its weights cannot be read ({fault_of(error)})") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -96,7 +105,50 @@ def _weights(folder: Path) -> dict[str, Tensor]:
                 f"{folder}: {what.replace('_', ' ')}, {len(names)} of them, first {names[0]}; "
                 "its weights are not those of its config"
             )
-    return dict(model.state_dict())
+    state = dict(model.state_dict())
+    head, embedding = (state[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if model.config.tie_word_embeddings and not torch.equal(head, embedding):
+        raise UserError(
+            f"{folder}: config.json ties lm_head to the embedding (tie_word_embeddings), and the "
+            "weights hold another lm_head; set it to false, or delete that tensor"
+        )
+    check_finite(state, folder, "import another, it is damaged or diverged")
+    return state
+
+
+def _check_index(path: Path) -> None:
+    """Its shards are safetensors of the folder itself: nothing else is read, least of all pickles.
+
+    Raises UserError.
+    """
+    if not path.is_file():
+        return
+    shards = _said(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        raise UserError(f"{path}: weight_map: not names of tensors and files; fetch it again")
+    for shard in shards.values():
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise UserError(
+                f"{path}: weight_map: {shard[:100]}: only *.safetensors beside it are read"
+            )
+
+
+def _check_stored(folder: Path) -> None:
+    """Every tensor is of floating-point numbers, which fp32 holds; raises UserError."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{path}: cannot be read ({fault_of(error)}); fetch it again"
+            ) from error
+        for name, kind in kinds.items():
+            if kind not in FLOATS:
+                raise UserError(
+                    f"{path}: {name}: of {kind}; there are {', '.join(FLOATS)}, quantized weights "
+                    "are not imported"
+                )
 
 
 def _provenance(folder: Path) -> dict[str, Any] | None:
@@ -161,10 +213,10 @@ def recipe_of(
     longest = recipe.model.context
     if context is None or context == longest:
         return recipe
-    if not 1 <= context < longest:
+    if not 2 <= context < longest:
         raise UserError(
             f"--context {context}: {where / 'config.json'} has max_position_embeddings: "
-            f"{longest}; name 1 to {longest}"
+            f"{longest}; name 2 to {longest}"
         )
     fields = recipe.model.model_dump() | {"context": context}
     try:

@@ -19,6 +19,7 @@ from nano_moe.export.gguf_file import (
     SCALES,
     architecture_of,
     check_experts,
+    rounded,
 )
 from nano_moe.export.tensors import without_training
 from nano_moe.model.gpt import GPT
@@ -77,7 +78,7 @@ def _file_scales(config: ModelConfig) -> bool:
 
 def _rounded(weight: Tensor, quant: str) -> Tensor:
     kind, _ = QUANTS[EXPERTS_ALONE + quant]
-    blocks = gguf.quantize(weight.float().cpu().numpy(), kind)
+    blocks = rounded("experts", weight, kind)
     return torch.from_numpy(gguf.dequantize(blocks, kind)).view_as(weight)
 
 

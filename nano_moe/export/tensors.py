@@ -16,6 +16,7 @@ from nano_moe.config import ModelConfig
 from nano_moe.errors import UserError
 
 Tensors = Mapping[str, Tensor]
+RETRAIN = "export another run, or train this recipe anew"
 
 
 class Rule(NamedTuple):
@@ -122,14 +123,14 @@ def _inside(ours: str, theirs: str, rules: list[Rule]) -> list[Rule]:
     return [Rule(ours + r.ours, tuple(theirs + name for name in r.theirs), r.order) for r in rules]
 
 
-def check_finite(tensors: Tensors, where: Path) -> None:
-    """Raises UserError where a weight is NaN or infinite; `where` is the run that they are of."""
+def check_finite(tensors: Tensors, where: Path, remedy: str) -> None:
+    """Raises UserError where a weight is NaN or infinite; `where` is what they are of."""
     for name, tensor in tensors.items():
         spoilt = int((~tensor.isfinite()).sum())
         if spoilt:
             raise UserError(
                 f"{where}: {name}: {spoilt:,} of {tensor.numel():,} numbers are not finite, so it "
-                "computes nothing; export another run, or train this recipe anew"
+                f"computes nothing; {remedy}"
             )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nano_moe.checkpoints import fill
 from nano_moe.errors import UserError
-from nano_moe.files import replacing
+from nano_moe.files import remove_abandoned, replacing
 from nano_moe.model.experts import Experts
 from nano_moe.model.gpt import GPT
 from nano_moe.model.moe import MoE
@@ -157,6 +157,7 @@ def _split(run: Run, mark: str) -> None:
         if ".experts." not in name and name not in tied
     }
     for name, tensors in ((EXPERTS, experts), (REST, rest)):
+        remove_abandoned(run.path / name)
         with replacing(run.path / name) as file:
             _write(file, tensors, {MARK: mark, STEP: str(step)})
 

@@ -108,7 +108,7 @@ def check_sampling(
     if max_tokens < 1:
         raise UserError(f"--tokens {max_tokens}: ask for at least 1")
     if not 0 <= temperature < float("inf"):
-        raise UserError(f"--temperature {temperature}: must be 0 (greedy) or more")
+        raise UserError(f"--temperature {temperature}: must be a finite number, 0 (greedy) or more")
     if top_k is not None and top_k < 1:
         raise UserError(f"--top-k {top_k}: must be at least 1")
     if abs(seed) >= 2**63:

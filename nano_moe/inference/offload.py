@@ -207,7 +207,7 @@ class OffloadedExperts(nn.Module):
 
 
 def load_offloaded(
-    run: Run, budget: str, *, policy: Policy = "lru", prefetch: bool = True
+    run: Run, budget: str, *, policy: Policy = "lru", prefetch: bool = False
 ) -> tuple[Recipe, GPT, int, ExpertStore]:
     """A run's recipe, decoder in eval mode on the CPU, step, and store of `budget` of its experts.
 
@@ -250,9 +250,10 @@ def slots_of(budget: str, file: ExpertFile, recipe: Recipe) -> int:
     assert recipe.model.moe is not None
     top_k = recipe.model.moe.top_k
     if slots < top_k:
+        least = -(-1000 * top_k // everything) / 10  # rounded up
         raise UserError(
             f"--expert-budget {budget}: holds {slots} of {everything} experts, {one:,} bytes each, "
-            f"and a token visits {top_k}; give {100 * top_k / everything:.1f}% or more"
+            f"and a token visits {top_k}; give {least:g}% or more"
         )
     return min(slots, everything)
 

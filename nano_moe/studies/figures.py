@@ -334,7 +334,12 @@ def _leak(axes: Axes, content: Mapping[str, Any]) -> None:
         )  # fmt: skip
     axes.set_xticks(
         range(len(names)),
-        ["all in\nsight", "token by\ntoken, of\na fifth", "first half,\nown end", "first half,\nother end"],
+        [
+            "all in\nsight",
+            "token by\ntoken, of\na tenth",
+            "first half,\nown end",
+            "first half,\nother end",
+        ],
     )
     axes.set_ylabel("cross-entropy, nats per token")
     _legend(axes)

@@ -7,7 +7,7 @@ Three readings of the validation split, in batches as large as training's:
   half and once before another window's (the shuffled control of Wang et al. 2024, app. D, turned
   on the evaluation). A causal model has the same loss to the bit.
 - `ce_prefix`: every token from what stands before it alone, as decoding would; of one window in
-  five, as each of their tokens takes a forward pass.
+  ten, as each of their tokens takes a forward pass. A causal model sees nothing else anyway.
 
 Shapes: B windows of a batch, T time, M windows in all.
 """
@@ -29,7 +29,7 @@ from nano_moe.runs import Run
 from nano_moe.text.store import Corpus
 
 # Few windows say little: one that ends in a long line of "#" differed by 9 nats between two seeds.
-EVERY = 5  # windows, of which one is read by prefixes
+EVERY = 10  # windows, of which one is read by prefixes
 
 
 def look(run: Run, corpus: Corpus) -> dict[str, Any]:
@@ -39,7 +39,11 @@ def look(run: Run, corpus: Corpus) -> dict[str, Any]:
     inputs, targets, _ = spread_windows(corpus, context, len(corpus.val) // context)
     with autocast(inputs.device, choose_precision(recipe)):
         figures = losses(model, inputs, targets, recipe.trainer.batch_size)
-        figures["ce_prefix"] = prefix_loss(model, inputs[::EVERY], targets[::EVERY])
+        some = inputs[::EVERY], targets[::EVERY]
+        if recipe.model.is_causal:
+            figures["ce_prefix"] = losses(model, *some, recipe.trainer.batch_size)["ce_whole"]
+        else:
+            figures["ce_prefix"] = prefix_loss(model, *some)
     return {"figures": figures, "details": {"windows": len(inputs)}}
 
 

@@ -9,11 +9,16 @@ from typing import Any
 from nano_moe.files import creating
 from nano_moe.tasks.items import Tasks
 
+
+def _metric(name: str, aggregation: str, *, higher: bool) -> dict[str, Any]:
+    return {"metric": name, "aggregation": aggregation, "higher_is_better": higher}
+
+
 PASSAGES = {
     "output_type": "loglikelihood_rolling",
     "doc_to_text": "",
     "doc_to_target": "{{text}}",
-    "metric_list": [{"metric": "bits_per_byte"}],
+    "metric_list": [_metric("bits_per_byte", "bits_per_byte", higher=False)],
 }
 PAIRS = {
     "output_type": "multiple_choice",
@@ -21,14 +26,17 @@ PAIRS = {
     "doc_to_target": 0,
     "doc_to_choice": "{{[good, bad]}}",
     "target_delimiter": "",
-    "metric_list": [{"metric": "acc"}],
+    "metric_list": [_metric("acc", "mean", higher=True)],
 }
 CLOZE = {
     "output_type": "loglikelihood",
     "doc_to_text": "{{context}}",
     "doc_to_target": " {{target}}",
     "target_delimiter": "",
-    "metric_list": [{"metric": "acc"}, {"metric": "perplexity"}],
+    "metric_list": [
+        _metric("acc", "mean", higher=True),
+        _metric("perplexity", "perplexity", higher=False),
+    ],
 }
 
 

@@ -356,9 +356,13 @@ def _restore(saved: dict[str, Any]) -> Tokenizer:
     if saved["pattern"] != PATTERN:
         raise ValueError("another word pattern than this version's")
     try:
-        return BPETokenizer(kind, [base64.b64decode(r, validate=True) for r in saved["ranks"]])
+        ranks = [base64.b64decode(r, validate=True) for r in saved["ranks"]]
     except binascii.Error as error:
         raise ValueError(f"a rank is not base64: {error}") from error
+    missing = {bytes([byte]) for byte in range(256)}.difference(ranks)
+    if missing:  # tiktoken would panic at a text that holds one
+        raise ValueError(f"{len(missing)} of the 256 bytes have no id")
+    return BPETokenizer(kind, ranks)
 
 
 def _ended(pieces: Sequence[bytes]) -> tuple[list[bytes], int, dict[int, str]]:

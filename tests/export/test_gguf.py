@@ -16,7 +16,15 @@ from nano_moe import checkpoints, runs
 from nano_moe.cli.main import main
 from nano_moe.config import ModelConfig
 from nano_moe.errors import UserError
-from nano_moe.export.gguf_file import SCALES, architecture_of, export, storage, tensors_of, write
+from nano_moe.export.gguf_file import (
+    SCALES,
+    architecture_of,
+    export,
+    rounded,
+    storage,
+    tensors_of,
+    write,
+)
 from nano_moe.export.quantized import with_quantized_experts
 from nano_moe.export.tensors import without_training
 from nano_moe.model.gpt import GPT
@@ -200,6 +208,18 @@ def test_vectors_and_routers_are_never_quantized():
     assert storage("blk.0.ffn_gate_inp.weight", (8, 64), "q4_0") == quants.F32
     assert storage("blk.0.ffn_up.weight", (8, 64), "q4_0") == quants.Q4_0
     assert storage("blk.0.ffn_up.weight", (8, 48), "q4_0") == quants.F16
+
+
+@pytest.mark.parametrize(
+    "quant, largest", [("f16", 65504), ("q8_0", 127 * 65504), ("q4_0", 8 * 65504)]
+)
+def test_a_number_that_a_kind_cannot_hold_is_refused(quant, largest):
+    kind = getattr(GGMLQuantizationType, quant.upper())
+    for value in (largest, -largest):
+        rows = torch.full((1, 32), float(value))
+        assert np.isfinite(gguf.dequantize(rounded("a", rows, kind), kind)).all()
+        with pytest.raises(UserError, match=f"a: holds .*{quant.upper()} no more than"):
+            rounded("a", rows * 1.01, kind)
 
 
 def test_a_tokenizer_of_characters_is_refused_and_nothing_is_left(run_of, tmp_path):

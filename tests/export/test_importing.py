@@ -138,6 +138,7 @@ SAYS_MORE = {
         {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
         "layer_types",
     ),
+    "all layers dense": ("normed", {"mlp_only_layers": [0, 1, 2]}, "no layer has experts"),
     "later layers dense": ("shared", {"moe_layer_end_index": 1}, "moe_layer_end_index"),
     "another class": ("dense", {"architectures": ["OlmoeForCausalLM"]}, "architectures: Olmoe"),
     "no class": ("dense", {"architectures": None}, "architectures: None"),
@@ -211,10 +212,63 @@ def _truncated(place: Path) -> None:
     path.write_bytes(path.read_bytes()[:-500])
 
 
+def _pickled_shard(place: Path) -> None:
+    """As an index of shards may name it, with a safetensors file beside it."""
+    tensors = load_file(place / "model.safetensors")
+    (place / "model.safetensors").rename(place / "other.safetensors")
+    torch.save(tensors, place / "pytorch_model.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "pytorch_model.bin")}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _elsewhere(place: Path) -> None:
+    tensors = load_file(place / "model.safetensors")
+    (place / "model.safetensors").rename(place.parent / "x.safetensors")
+    save_file({"x": torch.ones(1)}, place / "y.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "../x.safetensors")}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _other_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+
+
+def _replaced(name: str, change):
+    return lambda tensors: tensors.update({name: change(tensors[name])})
+
+
+NORM = "model.norm.weight"
 SPOILT = {
+    "a pickle as a shard": (_pickled_shard, r"weight_map: pytorch_model.bin: only \*.safetensors"),
+    "a shard elsewhere": (_elsewhere, "weight_map: ../x.safetensors: only"),
+    "another head than the tied one": (
+        lambda p: change_weights(p, _other_head),
+        "config.json ties lm_head",
+    ),
+    "not finite": (
+        lambda p: change_weights(p, _replaced(NORM, lambda w: w * float("nan"))),
+        "norm.weight: 32 of 32 numbers are not finite",
+    ),
+    "integers": (
+        lambda p: change_weights(p, _replaced(NORM, lambda w: w.to(torch.int8))),
+        "model.norm.weight: of I8",
+    ),
+    "another shape": (
+        lambda p: change_weights(p, _replaced(NORM, lambda w: w[:-1].clone())),
+        "mismatched keys, 1 of them, first .*model.norm.weight",
+    ),
+    "weights of another name": (
+        lambda p: edited(p, transformers_weights="x.safetensors"),
+        "transformers_weights: no field",
+    ),
+    "a thousand million labels": (lambda p: edited(p, num_labels=10**9), "num_labels: no field"),
+    "a tokenizer of brackets": (
+        lambda p: (p / "tokenizer.json").write_text("[" * 200_000),
+        "tokenizer.json: not a readable",
+    ),
     "pickled": (_pickled, "only pytorch_model.bin, which is never unpickled"),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "holds no weights"),
-    "truncated": (_truncated, "weights cannot be read"),
+    "truncated": (_truncated, "model.safetensors: cannot be read"),
     "one tensor less": (
         lambda p: change_weights(p, lambda t: t.pop("model.norm.weight")),
         "missing keys, 1 of them, first model.norm.weight",

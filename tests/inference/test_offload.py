@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -209,7 +210,12 @@ def test_files_are_made_once_and_again_for_another_checkpoint(saved, monkeypatch
     assert torch.equal(first, other.blocks[1].ffn.experts.gate_up[5])
     assert (run.path / EXPERTS).stat().st_mtime_ns > made
     (run.path / EXPERTS).write_bytes((run.path / EXPERTS).read_bytes()[:1000])
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = run.path / f".{EXPERTS}.{ended.pid}.tmp"  # by a process that was killed
+    left.touch()
     file, _, _ = split_weights(run)  # a torn file is made again
+    assert not left.exists()
     file.read(0, 0, first, down)
     assert torch.equal(down, other.blocks[0].ffn.experts.down[0])
 
@@ -262,6 +268,16 @@ def test_a_share_holds_as_many_experts_as_it_says(moe_config, recipe_of, share):
         assert slots_of(f"{share}%", file, recipe) == n_experts * share // 100
 
 
+def test_the_least_budget_that_a_refusal_names_is_enough():
+    for n_experts in range(4, 200):
+        file = SimpleNamespace(keys=range(n_experts), expert_bytes=6144)
+        recipe = SimpleNamespace(model=SimpleNamespace(moe=SimpleNamespace(top_k=3)))
+        with pytest.raises(UserError, match="give .*% or more") as refused:
+            slots_of("0.1%", file, recipe)
+        least = re.search(r"give (\S+) or more", str(refused.value))[1]
+        assert slots_of(least, file, recipe) >= 3
+
+
 @pytest.mark.parametrize("budget", ["", "%", "25", "-5%", "0MB", "nan%", "infGB", "1e999MB", "2TB"])
 def test_a_budget_that_is_none_is_refused(saved, budget):
     run, _ = saved()
@@ -272,6 +288,6 @@ def test_a_budget_that_is_none_is_refused(saved, budget):
 def test_a_router_of_several_positions_is_not_guessed_for(saved):
     """A row of prompts at one position is not a row of positions."""
     for kind, ahead in (("softmax", True), ("window", False)):
-        _, model, _, _ = load_offloaded(saved(kind)[0], "50%")
+        _, model, _, _ = load_offloaded(saved(kind)[0], "50%", prefetch=True)
         guessing = [bool(block.ffn.experts.ahead) for block in model.blocks]
         assert any(guessing) == ahead

@@ -146,6 +146,7 @@ def test_saved_file_loads_as_the_same(tokenizer, tmp_path):
         lambda saved: json.dumps(saved | {"ranks": saved["ranks"][:-1]}),
         lambda saved: json.dumps(saved | {"ranks": [*saved["ranks"][:-1], "?"]}),
         lambda saved: json.dumps({"format": 1}),
+        lambda saved: json.dumps(saved | {"ranks": saved["ranks"][:100], "n_vocab": 101}),
     ],
 )
 def test_damaged_file_is_a_user_error(damage, tmp_path):
