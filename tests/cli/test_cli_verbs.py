@@ -239,7 +239,11 @@ def test_experts_left_on_disk_say_the_same(shop):
     assert left["samples"] == whole["samples"] and left["step"] == whole["step"]
     assert whole["experts"] is None and 0 < left["experts"]["hit_rate"] <= 1
     _, out, err = shop.run(*words, "--expert-budget", "100%", "--expert-policy", "lfu")
-    assert out == f"the fox{whole['samples'][0]['text']}\n" and "calls found theirs there" in err
+    assert out == f"the fox{whole['samples'][0]['text']}\n"
+    assert err.rstrip().endswith("calls found their expert there")
+    ahead = shop.run(*words, "--expert-budget", "50%", "--expert-prefetch")
+    assert ahead[1] == out and ahead[2].rstrip().endswith("there or on its way")
+    assert "--expert-prefetch: only with" in shop.fault(*words, "--expert-prefetch")
     fault = shop.fault("sample", "done", "--expert-budget", "1%")
     assert "holds 0 of" in fault and "or more" in fault
     assert "25% or 64MB" in shop.fault("sample", "done", "--expert-budget", "half")

@@ -368,7 +368,7 @@ def test_more_positions_than_the_config_has_are_refused(folder, context):
     place = folder("dense")
     longest = json.loads((place / "config.json").read_text())["max_position_embeddings"]
     context = longest + 1 if context == 41 else context
-    with pytest.raises(UserError, match=f"^--context {context}: .*: {longest}; name 1 to") as no:
+    with pytest.raises(UserError, match=f"^--context {context}: .*: {longest}; name 2 to") as no:
         importing.recipe_of(importing.read(place), None, place, context=context)
     assert "\n" not in str(no.value)
 
