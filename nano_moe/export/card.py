@@ -101,7 +101,7 @@ def text_of(recipe: Recipe) -> str:
     """What the recipe reads, and the terms that whoever publishes the model should pass on."""
     data = recipe.data
     if data.hub is not None:
-        return f"the dataset {data.hub.dataset} of the Hugging Face hub"
+        return f"the dataset {data.hub.dataset}"
     if not data.domains:
         return "files of the user's own"
     terms = [said for domain, said in TERMS.items() if domain in data.domains]

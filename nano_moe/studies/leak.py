@@ -41,19 +41,17 @@ def look(run: Run, corpus: Corpus) -> dict[str, Any]:
         figures = losses(model, inputs, targets, recipe.trainer.batch_size)
         some = inputs[::EVERY], targets[::EVERY]
         if recipe.model.is_causal:
-            figures["ce_prefix"] = losses(model, *some, recipe.trainer.batch_size)["ce_whole"]
+            figures["ce_prefix"] = _read(model, *some, recipe.trainer.batch_size).mean().item()
         else:
             figures["ce_prefix"] = prefix_loss(model, *some)
     return {"figures": figures, "details": {"windows": len(inputs)}}
 
 
-@torch.no_grad()
 def losses(model: GPT, inputs: Tensor, targets: Tensor, rows: int) -> dict[str, float]:
     """What is read in batches of `rows`, by name, of (M, T) windows; the model is in eval mode."""
     half = inputs.shape[1] // 2
     mixed = torch.cat([inputs[:, :half], inputs.roll(1, 0)[:, half:]], 1)  # (M, T)
-    whole = torch.cat([_losses(model, *pair) for pair in _in_batches(rows, inputs, targets)])
-    other = torch.cat([_losses(model, *pair) for pair in _in_batches(rows, mixed, targets)])
+    whole, other = (_read(model, each, targets, rows) for each in (inputs, mixed))  # (M, T)
     return {
         "ce_whole": whole.mean().item(),
         "ce_own_future": whole[:, :half].mean().item(),
@@ -61,8 +59,11 @@ def losses(model: GPT, inputs: Tensor, targets: Tensor, rows: int) -> dict[str, 
     }
 
 
-def _in_batches(rows: int, inputs: Tensor, targets: Tensor) -> zip[tuple[Tensor, Tensor]]:
-    return zip(inputs.split(rows), targets.split(rows), strict=True)
+@torch.no_grad()
+def _read(model: GPT, inputs: Tensor, targets: Tensor, rows: int) -> Tensor:
+    """Every token's loss, (M, T), of windows in batches of `rows`."""
+    pairs = zip(inputs.split(rows), targets.split(rows), strict=True)
+    return torch.cat([_losses(model, *pair) for pair in pairs])
 
 
 def _losses(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, T)

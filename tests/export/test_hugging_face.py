@@ -16,8 +16,10 @@ from export_cases import ONE_OF_EACH, config_of_case
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nano_moe import recipe_file
 from nano_moe.errors import UserError
 from nano_moe.export import gguf_file, hugging_face
+from nano_moe.export.card import text_of
 from nano_moe.export.hugging_face import export, loading_options
 from nano_moe.inference.generate import generate
 from nano_moe.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -217,3 +219,13 @@ def test_a_tokenizer_larger_than_the_vocabulary(run_of, tmp_path):
     with pytest.raises(UserError, match="needs 5 ids, model.vocab_size=3"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def test_a_card_names_the_terms_of_its_text():
+    said = text_of(recipe_file.load(RECIPES / "mixtral.yaml", ()))
+    assert "CC BY-SA 4.0" in said and "BSD-3-Clause" in said
+    fewer = recipe_file.load(RECIPES / "mixtral.yaml", ("data.domains=[law]",))
+    assert text_of(fewer) == "law (sources: data/README.md of nano_moe)"
