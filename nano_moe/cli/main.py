@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import logging
 import os
+import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import NoReturn
 
 from nano_moe.errors import TRACEBACK, SaidElsewhere, UserError
@@ -44,6 +47,27 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that what is half written goes.
+
+    In training it does more (`training/signals.py`).
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; the exit status: 0 done, 1 or 2 failed, 128 + n stopped by signal n."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -54,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A background writer's fault shows up again where the main thread writes.
     threading.excepthook = lambda _: None
     try:
-        return _dispatch(arguments)
+        with terminable():
+            return _dispatch(arguments)
     except SaidElsewhere:
         return 2
     except UserError as error:
@@ -67,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{where}{error.strerror or error}; check the path, its rights and the disk")
     except MemoryError:
         return _fail(OUT_OF_MEMORY)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
     except Exception as error:
         if "allocate memory" in str(error) or "out of memory" in str(error):  # as torch says it
             return _fail(OUT_OF_MEMORY)

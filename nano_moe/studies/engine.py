@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -150,8 +149,8 @@ def run_all(study: str, todo: Sequence[Task], *, workers: int | None = None) -> 
     """Do every task that has no result yet; the faults of those that failed, by the run's name.
 
     Trainings go side by side, those that start from another after it, measurements one by one.
-    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when all workers have stopped with a
-    checkpoint. Raises UserError where one of them would be of a cold cache that does not empty.
+    Passes a KeyboardInterrupt on when all workers have stopped with a checkpoint. Raises UserError
+    where one of them would be of a cold cache that does not empty.
     """
     by_look = sorted(todo, key=lambda task: task.job.look is not None)  # a look counts as more
     distinct = {task.job.folder: task for task in by_look}
@@ -161,7 +160,7 @@ def run_all(study: str, todo: Sequence[Task], *, workers: int | None = None) -> 
     _check_cold(measured)
     stages = [[task for task in trainings if bool(task.planned.source) == last] for last in (0, 1)]
     failed: dict[str, str] = {}
-    with _alone() as lock, _Progress(study, list(distinct.values())) as progress, _stoppable():
+    with _alone() as lock, _Progress(study, list(distinct.values())) as progress:
         for stage in stages:
             failed |= _side_by_side(stage, workers or _workers(stage), progress, lock)
         failed |= _side_by_side(measured, 1, progress, lock)
@@ -278,20 +277,6 @@ def _alone() -> Iterator[int]:
                 "its end"
             ) from None
         yield lock.fileno()
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM ends the study as Ctrl-C does."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Progress:

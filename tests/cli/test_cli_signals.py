@@ -73,21 +73,38 @@ def test_a_second_ctrl_c_ends_it_at_once_with_130(shop, monkeypatch):
     assert shop.json("resume", "x")["step"] == 6
 
 
-def test_ctrl_c_outside_training_is_130_without_a_traceback(shop, monkeypatch):
-    def interrupt(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
+def _signalled(number: int):
+    """A stand-in for any function, in which the signal comes."""
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), number)
         time.sleep(60)  # another thread may have taken it: it arrives here a moment later
 
-    monkeypatch.setattr("nano_moe.accounting.count", interrupt)
+    return stopped
+
+
+OUTSIDE = {
+    "count": ("nano_moe.accounting.count", ("tiny.yaml",)),
+    "export": ("nano_moe.export.gguf_file.rounded", ("done", "--to", "gguf", "out.gguf")),
+}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("verb", OUTSIDE)
+def test_a_signal_outside_training_leaves_nothing_half_written(
+    shop, monkeypatch, verb, number, status
+):
+    function, arguments = OUTSIDE[verb]
+    monkeypatch.setattr(function, _signalled(number))
     before = shop.files()
-    earlier = signal.signal(
+    earlier = signal.signal(  # background shells ignore it
         signal.SIGINT, signal.default_int_handler
-    )  # background shells ignore it
+    )
     try:
-        status, _, err = shop.run("count", "tiny.yaml")
+        found, _, err = shop.run(verb, *arguments)
     finally:
         signal.signal(signal.SIGINT, earlier)
-    assert (status, err) == (130, "interrupted\n")
+    assert found == status and err.splitlines()[-1] == "interrupted" and "Traceback" not in err
     assert shop.files() == before
 
 

@@ -236,12 +236,14 @@ def test_results_are_of_the_runs(todo, written):
 CHILD = """
 import json, signal, sys
 from pathlib import Path
+from nano_moe.cli.main import terminable
 from nano_moe.studies import engine, plan, schema
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
 path, engine.ROOT = Path(sys.argv[1]), Path(sys.argv[2])
 tasks = engine.tasks(plan.plan(path, schema.load(path), json.loads(sys.argv[3])), engine.ROOT)
 try:
-    engine.run_all("study", tasks, workers=2)
+    with terminable():
+        engine.run_all("study", tasks, workers=2)
 except KeyboardInterrupt:
     sys.exit(130)
 """
