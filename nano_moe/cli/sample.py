@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option}: only with --expert-budget, which leaves experts on disk")
     from nano_moe.inference.generate import check_sampling, generate_all
-    from nano_moe.text.tokenizer import Tokenizer, check_fits
+    from nano_moe.text.tokenizer import load_for
 
     settings = {
         "max_tokens": args.tokens,
@@ -65,8 +65,7 @@ def run(args: argparse.Namespace) -> None:
     }
     check_sampling(**settings)
     model, step, store = _load(found, args)
-    tokenizer = Tokenizer.load(found.tokenizer_file)
-    check_fits(tokenizer, model.config.vocab_size)
+    tokenizer = load_for(found.tokenizer_file, model.config.vocab_size)
     prompts = args.prompt or ["The"]
     pieces = generate_all(model, tokenizer, prompts, **settings)
     if len(prompts) == 1 and not args.json:

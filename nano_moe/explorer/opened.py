@@ -79,11 +79,9 @@ class Opened:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        from nano_moe.text.tokenizer import Tokenizer, check_fits
+        from nano_moe.text.tokenizer import load_for
 
-        tokenizer = Tokenizer.load(self.run.tokenizer_file)
-        check_fits(tokenizer, self.recipe.model.vocab_size)
-        return tokenizer
+        return load_for(self.run.tokenizer_file, self.recipe.model.vocab_size)
 
     @cached_property
     def corpus(self) -> Corpus:

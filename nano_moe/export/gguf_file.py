@@ -24,7 +24,7 @@ from nano_moe.export.pieces import END, check_pieces, merges_of, spelt
 from nano_moe.export.tensors import RETRAIN, Tensors, check_finite, interleaved, without_training
 from nano_moe.files import creating
 from nano_moe.runs import Run
-from nano_moe.text.tokenizer import Tokenizer, check_fits
+from nano_moe.text.tokenizer import Tokenizer, load_for
 
 _ROUTED = (*ANY_ROUTER, demands.EVERY_LAYER, demands.UNGATED, demands.GROUPS_BY_TWO)
 
@@ -108,8 +108,7 @@ def export(run: Run, target: Path, quant: str) -> Result:
     with creating(target) as path:
         _, model, step = checkpoints.load_model(run)
         check_finite(model.state_dict(), run.path, RETRAIN)
-        tokenizer = Tokenizer.load(run.tokenizer_file)
-        check_fits(tokenizer, recipe.model.vocab_size)
+        tokenizer = load_for(run.tokenizer_file, recipe.model.vocab_size)
         check_tokenizer(tokenizer)
         config, state = without_training(recipe.model, model.state_dict(), scales=arch in SCALES)
         tensors = dict(tensors_of(arch, config, state))

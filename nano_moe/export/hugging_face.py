@@ -23,7 +23,7 @@ from nano_moe.export.weights import weights_of
 from nano_moe.files import creating
 from nano_moe.model.gpt import GPT
 from nano_moe.runs import Run
-from nano_moe.text.tokenizer import Tokenizer, check_fits
+from nano_moe.text.tokenizer import Tokenizer, load_for
 
 PROVENANCE = "nano_moe.json"
 SCHEMA = 1  # of that file
@@ -53,8 +53,7 @@ def export(run: Run, target: Path) -> Result:
         folder.mkdir()
         _, model, step = checkpoints.load_model(run)
         check_finite(model.state_dict(), run.path, RETRAIN)
-        tokenizer = Tokenizer.load(run.tokenizer_file)
-        check_fits(tokenizer, recipe.model.vocab_size)
+        tokenizer = load_for(run.tokenizer_file, recipe.model.vocab_size)
         notes = _notes(family, recipe.model)
         config, theirs = as_theirs(model, family, **_ids(tokenizer))
         theirs.generation_config = _generation(tokenizer, config)

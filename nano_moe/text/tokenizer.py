@@ -334,6 +334,17 @@ def of_file(data: DataConfig) -> Tokenizer:
     return FileTokenizer.read(path)
 
 
+def load_for(path: Path, vocab_size: int) -> Tokenizer:
+    """A run's own, for its model; raises UserError where it is missing, damaged or of another."""
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.n_vocab > vocab_size:
+        raise UserError(
+            f"{path}: {tokenizer.n_vocab} ids, and the run's model has {vocab_size}; restore the "
+            "file, this one is of another run"
+        )
+    return tokenizer
+
+
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise UserError when the tokenizer's ids exceed the model's vocabulary."""
     if tokenizer.n_vocab > vocab_size:
