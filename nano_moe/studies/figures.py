@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.style import context
+from matplotlib.ticker import MaxNLocator
 
 from nano_moe.plotting import COLOURS, HATCHES, LINES, MARKERS, STYLE, png
 from nano_moe.studies.units import unit_of
@@ -55,6 +56,7 @@ def _gains(axes: Axes, comparisons: Sequence[Mapping[str, Any]]) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(-0.6, len(labels) - 0.4)
     axes.axvline(0, color="0.5", lw=1)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     name = f"gain, {units.pop()}" if shared else "gain ÷ smallest effect worth claiming"
     axes.set_xlabel(f"{name};\nline: 95 % interval; grey: too small to claim")
 
@@ -104,7 +106,7 @@ def _curves(axes: Axes, content: Mapping[str, Any]) -> None:
     for member, band in content["leads"].items():
         at = [at / 1e6 for at in band["at"]][len(band["at"]) // 10 :]
         _band(lower, members.index(member), member, at, band)
-    lower.set_ylabel(f"lead over {members[0]}\nin training")
+    lower.set_ylabel(f"lead over {members[0]}\nin training, nats")
     lower.axhline(0, color="0.5", lw=1)
     lower.set_xlabel("million tokens")
     _legend(lower)
@@ -244,28 +246,58 @@ def _grid(axes: Axes, content: Mapping[str, Any]) -> None:
 
 
 def _trend(axes: Axes, content: Mapping[str, Any]) -> None:
-    """The points of the first trend: the lead by line, or what each seed gains on its first."""
-    trend = next(one for one in content["comparisons"] if "points" in one)
-    several = len(trend["lines"]) > 1
+    """A panel per trend: leads by line, or of a single line the losses and the fitted slope."""
+    trends = [one for one in content["comparisons"] if "points" in one]
+    panels = _panels(axes, len(trends), 1, sharex=False, sharey=False)
+    for (panel,), trend in zip(panels, trends, strict=True):
+        if len(trend["lines"]) > 1:
+            _leads(panel, trend)
+        else:
+            _slope(panel, content, trend)
+        panel.set_xscale("log", base=2)
+        xs = sorted({x for line in panel.get_lines() for x in line.get_xdata()})
+        panel.set_xticks(xs, [f"{x:g}" for x in xs])
+        panel.minorticks_off()
+        panel.set_xlabel(trend["per"].removeprefix("doubling of "))
+        panel.legend()
+
+
+def _leads(axes: Axes, trend: Mapping[str, Any]) -> None:
     for point in trend["points"]:
-        number = point["line"] if several else 0
-        label = _line_name(*next(iter(trend["lines"][number].items()))) if several else None
-        first = 0.0 if several else point["gain"][0]
-        axes.plot(
-            point["x"], [gain - first for gain in point["gain"]], label=label, ms=4,
-            marker=MARKERS[number % len(MARKERS)], **_look(number),
-        )  # fmt: skip
+        number = point["line"]
+        label = _line_name(*next(iter(trend["lines"][number].items())))
+        marker = MARKERS[number % len(MARKERS)]
+        axes.plot(point["x"], point["gain"], label=label, ms=4, marker=marker, **_look(number))
+    axes.set_ylabel("lead, nats per token")
+
+
+def _slope(axes: Axes, content: Mapping[str, Any], trend: Mapping[str, Any]) -> None:
+    """Losses over a trend's numbers and the slope; other members stand at their experts' number.
+
+    Means are joined of the members that ran with all seeds.
+    """
+    at = {member: float(x) for x, member in trend["lines"][0].items()}
+    counts = {name: _n_experts(member["recipe"]) for name, member in content["members"].items()}
+    if all(counts[member] == x for member, x in at.items()):
+        at |= counts
+    losses = {
+        member: _of_member(content, member, "ce") for member in sorted(at, key=at.__getitem__)
+    }
+    most = max(map(len, losses.values()))
+    joined = {at[name]: statistics.fmean(ces) for name, ces in losses.items() if len(ces) == most}
+    axes.plot(list(joined), list(joined.values()), label=f"mean of {most} seeds", **_look(0))
+    for member, ces in losses.items():
+        axes.plot([at[member]] * len(ces), ces, "o", ms=5, mfc="none", color=COLOURS[0])
     xs = trend["points"][0]["x"]
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(xs, [f"{x:g}" for x in xs])
-    axes.minorticks_off()
-    axes.set_xlabel(trend["per"].removeprefix("doubling of "))
-    if several:
-        axes.set_ylabel("lead, nats per token")
-        _legend(axes)
-    else:
-        axes.set_ylabel(f"gain over {xs[0]:g}, nats per token: a line per seed")
-        axes.axhline(0, color="0.5", lw=1)
+    middle = statistics.fmean(map(math.log2, xs)), statistics.fmean(joined[x] for x in xs)
+    fit = [middle[1] - trend["mean"] * (math.log2(x) - middle[0]) for x in (xs[0], xs[-1])]
+    axes.plot([xs[0], xs[-1]], fit, label=f"fit: {-trend['mean']:+.3f} a doubling", **_look(1))
+    axes.set_ylabel("validation CE, nats per token")
+
+
+def _n_experts(recipe: Mapping[str, Any]) -> float:
+    moe = recipe["model"]["moe"]
+    return float(moe["n_experts"]) if moe else 1.0
 
 
 def _line_name(x: str, members: str | Sequence[str]) -> str:
@@ -316,6 +348,7 @@ def _specialization(axes: Axes, content: Mapping[str, Any]) -> None:
     lower.set_xlabel("step; range over layers and seeds")
     lower.set_ylabel("choices that are final")
     _legend(upper)
+    _legend(lower)
 
 
 def _leak(axes: Axes, content: Mapping[str, Any]) -> None:

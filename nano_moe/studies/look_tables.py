@@ -10,6 +10,50 @@ from nano_moe.studies.schema import DECODED, EXCHANGED, LOOKED
 from nano_moe.studies.tables import table
 
 FIRST = 1 / 5  # of training, at which a table tells how many choices are final
+SPECIALIZATION = (
+    "What a token's expert tells of its domain, class and identity, less what shuffled labels "
+    "would give: `information` in bits, mean over layers, and `share` of all that there is to "
+    "tell.\n"
+)
+LEAK = (
+    "Cross-entropies in nats per token: `ce_whole` of whole windows, read at once as in "
+    "training; of their first halves alone, before their own second half (`ce_own_future`) "
+    "and before another window's (`ce_other_future`); `ce_prefix` token by token, as in "
+    "decoding, of every tenth window.\n"
+)
+HITS = (
+    "Of the calls for an expert, the share that finds it in memory or on its way, with room "
+    "for 25 or 50 % of the experts: `chance` if choices had no memory, `lru_hits` with the "
+    "experts used last, `hits` with guesses from the next layer's router, too, of which the "
+    "share `guesses_right` was called.\n"
+)
+DECODING = (
+    "Memory of the decoding process; milliseconds per token with the file in the system's "
+    "cache, from disk (`cold`), and at half the first one's speed; the share of calls that "
+    "find their expert in memory.\n"
+)
+EXCHANGE = (
+    "Bytes between ranks per token and sparse layer, forward and backward, measured and by "
+    "the formula; milliseconds of a step in the exchange, outside it, and in all.\n"
+)
+COPIES = (
+    "Other ranks, of four, that a token is sent to in a layer, and how many they would be if "
+    "the router preferred no expert.\n"
+)
+TABLES = (
+    (LOOKED["specialization"], SPECIALIZATION),
+    (LOOKED["leak"], LEAK),
+    (LOOKED["offload"], HITS),
+    (LOOKED["exchange"], COPIES),
+    (DECODED, DECODING),
+    (EXCHANGED, EXCHANGE),
+)
+BY_LAYER = (
+    "By layer: bits above the shuffled labels (and what these give); choices that were final "
+    "at {first:.0%} of training (by chance: top_k of all experts); how often the two experts "
+    "that go together most do so (any two by chance). A hash is not even, either: its closest "
+    "pair is the fairer comparison.\n"
+)
 
 
 def look_tables(content: Mapping[str, Any]) -> str:
@@ -22,13 +66,14 @@ def look_tables(content: Mapping[str, Any]) -> str:
 
 
 def _figures(content: Mapping[str, Any]) -> Iterator[str]:
-    for figures in (*LOOKED.values(), DECODED, EXCHANGED):
+    for figures, meaning in TABLES:
         rows = []
         for member in content["members"]:
             runs = [run for run in content["runs"] if run["member"] == member]
             if all(name in run for run in runs for name in figures):
                 rows.append((member, *(_spread([run[name] for run in runs]) for name in figures)))
         if rows:
+            yield meaning
             yield table(("member", *(f"`{name}`" for name in figures)), rows)
 
 
@@ -54,18 +99,20 @@ def _by_layer(content: Mapping[str, Any]) -> str:
             cells = [f"{bits:.3f} ({floor:.3f})" for bits, floor in zip(told, floors, strict=True)]
             final = statistics.fmean(_final_at(run["saturation"], place) for run in runs.values())
             pairs = statistics.fmean(max(map(max, one["coactivation"])) for one in each)
-            chance = _pairs_by_chance(content["members"][member]["recipe"])
-            rows.append((member, str(layer), *cells, f"{final:.2f}", f"{pairs:.2f} ({chance:.2f})"))
+            share, chance = _by_chance(content["members"][member]["recipe"])
+            early = f"{final:.2f} ({share:.2f})"
+            rows.append((member, str(layer), *cells, early, f"{pairs:.2f} ({chance:.2f})"))
     header = (
         "member", "layer", "domain, bits (shuffled)", "class, bits (shuffled)",
-        f"choices final at {FIRST:.0%}", "closest pair of experts (by chance)",
+        f"final at {FIRST:.0%} (by chance)", "closest pair (by chance)",
     )  # fmt: skip
-    return table(header, rows)
+    return BY_LAYER.format(first=FIRST) + "\n" + table(header, rows)
 
 
-def _pairs_by_chance(recipe: Mapping[str, Any]) -> float:
+def _by_chance(recipe: Mapping[str, Any]) -> tuple[float, float]:
+    """How often an expert is chosen, and how often by tokens that chose another one."""
     moe = recipe["model"]["moe"]
-    return float((moe["top_k"] - 1) / (moe["n_experts"] - 1))
+    return moe["top_k"] / moe["n_experts"], (moe["top_k"] - 1) / (moe["n_experts"] - 1)
 
 
 def _layers(runs: Mapping[str, Any]) -> list[int]:
@@ -87,7 +134,10 @@ def _top_tokens(content: Mapping[str, Any]) -> Iterator[str]:
         (str(number), " ".join(_code(token) for token in tokens))
         for number, tokens in enumerate(experts)
     ]
-    yield f"What goes to each expert most surely ({member}, layer {layer}, seed {seed}):\n"
+    yield (
+        f"What goes to each expert most surely ({member}, layer {layer}, seed {seed}; � is a "
+        "part of a character's bytes):\n"
+    )
     yield table(("expert", "tokens"), rows)
 
 

@@ -302,7 +302,7 @@ class Study(Section):
         if self.figure in ("curves", "balance") and all(measured):
             raise FieldFault("figure", "draws trainings, and every member has measure: true")
         if self.figure == "trend" and not self.trends:
-            raise FieldFault("figure", "draws the first trend, and there is none")
+            raise FieldFault("figure", "draws trends, and there is none")
         if self.figure in LOOKED and self.figure not in looks:
             raise FieldFault("figure", f"draws a look that no member has; set look: {self.figure}")
 

@@ -13,20 +13,19 @@ from nano_moe.studies.tables import table
 def time_tables(content: Mapping[str, Any]) -> str:
     """The measured ratios beside the rule's, and gains at the measured ones."""
     times = content["step_times"]
-    rows = [
-        (
-            name,
-            "–" if one["rule"] is None else f"{one['rule']:g}",
-            "{1:.2f} ({0:.2f} to {2:.2f})".format(*one["measured"]),
-        )
-        for name, one in times.items()
-    ]
+    ruled = any(one["rule"] is not None for one in times.values())
+    rows = []
+    for name, one in times.items():
+        rule = ("–" if one["rule"] is None else f"{one['rule']:g}",) if ruled else ()
+        rows.append((name, *rule, "{1:.2f} ({0:.2f} to {2:.2f})".format(*one["measured"])))
+    as_ruled = ", as the rule takes it, and" if ruled else ","
     head = (
-        "A training step's time over the first member's, as the rule takes it, and measured after "
+        f"A training step's time over the first member's{as_ruled} measured after "
         "the runs (interleaved, all cores, quartiles):\n\n"
     )
+    columns = ("member", "rule", "measured") if ruled else ("member", "measured")
     told = [*_elsewhere(times), *_at_measured(content)]
-    return head + table(("member", "rule", "measured"), rows) + "".join(f"\n{s}\n" for s in told)
+    return head + table(columns, rows) + "".join(f"\n{s}\n" for s in told)
 
 
 def _elsewhere(times: Mapping[str, Any]) -> Iterator[str]:
