@@ -15,6 +15,7 @@ from nano_moe import recipe_file
 from nano_moe.config import DataConfig
 from nano_moe.errors import UserError
 from nano_moe.text import building, hub, place, shelf, store
+from nano_moe.text.split import Document
 from nano_moe.text.store import prepare
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -229,17 +230,15 @@ def test_killed_at_every_note_it_ends_with_the_same_bytes(data, tmp_path, monkey
             if "closed" not in notes.read_text():
                 torn = notes.parent / "tokens" / "train.npy"
                 torn.write_bytes(torn.read_bytes() + b"torn")
+            for folder in (notes.parent, notes.parent / "tokens"):
+                (folder / ".tokenizer.json.1.tmp").write_text("torn")
     assert kills >= 3
     assert contents(corpus) == expected
     assert os.listdir(data.cache) == [corpus.path.name]
 
 
-def test_what_was_read_is_not_read_again(data, monkeypatch):
-    monkeypatch.setattr(shelf, "WAITING", 9000)
-    with monkeypatch.context() as patch:
-        killed_after(patch, 4)
-        with pytest.raises(KeyboardInterrupt):
-            ready(data)
+def read_from_now_on(monkeypatch) -> list[Document]:
+    """Will hold every document that a stream gives."""
     rows = []
     real = hub.Stream.__iter__
 
@@ -249,6 +248,16 @@ def test_what_was_read_is_not_read_again(data, monkeypatch):
             yield document
 
     monkeypatch.setattr(hub.Stream, "__iter__", counted)
+    return rows
+
+
+def test_what_was_read_is_not_read_again(data, monkeypatch):
+    monkeypatch.setattr(shelf, "WAITING", 9000)
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            ready(data)
+    rows = read_from_now_on(monkeypatch)
     ready(data)
     assert 0 < len(rows) < 500
 
@@ -300,7 +309,9 @@ def test_a_hub_out_of_reach_is_one_line_soon(data, monkeypatch):
     assert len(calls) == 1 and calls[0]["timeout"] <= 10
 
 
-def test_a_connection_lost_on_the_way_keeps_what_was_read(data, monkeypatch):
+def test_a_connection_lost_on_the_way_keeps_what_was_read(data, monkeypatch, tmp_path):
+    data = data.model_copy(update={"tokenizer": "byte"})
+    expected = contents(ready(data.model_copy(update={"cache": str(tmp_path / "whole")})))
     monkeypatch.setattr(shelf, "WAITING", 9000)
     real = hub.Stream._documents
 
@@ -310,11 +321,18 @@ def test_a_connection_lost_on_the_way_keeps_what_was_read(data, monkeypatch):
                 raise ConnectionError("Server Disconnected")
             yield one
 
-    monkeypatch.setattr(hub.Stream, "_documents", lost)
-    monkeypatch.setattr(hub.Found, "folder", None)
-    monkeypatch.setattr(hub, "_commit", lambda found, revision: None)
-    message = fault(data)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub.Stream, "_documents", lost)
+        patch.setattr(hub.Found, "folder", None)
+        patch.setattr(hub, "_commit", lambda found, revision: None)
+        message = fault(data)
     assert "cannot be reached (Server Disconnected)" in message
+    rows = read_from_now_on(monkeypatch)
+    assert contents(ready(data)) == expected
+    left = [story(i) for i in range(600) if i % 200 != 7][300:]
+    assert [row.text for row in rows[-len(left) :]] == left
+    again = rows[: -len(left)]
+    assert sum(row.n_bytes for row in again) < 9000, "more than waited was read again"
 
 
 def test_faults_are_one_line_each(data, tmp_path):
@@ -388,10 +406,10 @@ def test_peak_memory_does_not_grow_with_the_corpus(tmp_path, kind):
         path = tmp_path / str(megabytes) / "train.parquet"
         write_megabytes(path, megabytes)
         where = {"hub": {"dataset": str(path.parent)}} if kind == "hub" else {"files": (str(path),)}
-        data = DataConfig(**where, tokenizer="byte", cache=str(tmp_path / "c"))
+        data = DataConfig(**where, tokenizer="bpe", cache=str(tmp_path / "c"))
         peaks[megabytes] = peak_mb(data)
         path.unlink()
-    assert peaks[200] - peaks[20] < 60, peaks
+    assert peaks[200] - peaks[20] < 20, peaks
     assert peaks[200] < 2000
 
 
