@@ -1,5 +1,6 @@
 """Datasets of the hub, from folders laid out like one: documents, resuming, faults, memory."""
 
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from nano_moe.errors import UserError
 from nano_moe.text import building, hub, place, shelf, store
 from nano_moe.text.split import Document
 from nano_moe.text.store import prepare
+from nano_moe.text.writer import SplitWriter
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -262,6 +264,28 @@ def test_what_was_read_is_not_read_again(data, monkeypatch):
     assert 0 < len(rows) < 500
 
 
+def test_what_a_fault_left_unwritten_is_not_written_later(data, monkeypatch, tmp_path):
+    """Its buffers live on with the error that a caller keeps, and the folder by then is whole."""
+    data = data.model_copy(update={"tokenizer": "byte"})
+    expected = contents(ready(data.model_copy(update={"cache": str(tmp_path / "whole")})))
+    monkeypatch.setattr(building, "BATCH", 500)
+    real, left = SplitWriter.append, [5]
+
+    def full(self, documents):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(self, documents)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space") as kept:
+        patch.setattr(SplitWriter, "append", full)
+        ready(data)
+    corpus = ready(data)
+    del kept
+    gc.collect()
+    assert contents(store.open_corpus(corpus.path)) == expected
+
+
 def test_damaged_notes_cost_the_notes_and_no_more(data, monkeypatch, tmp_path):
     monkeypatch.setattr(shelf, "WAITING", 9000)
     with monkeypatch.context() as patch:
@@ -373,6 +397,7 @@ CHILD = """
 import sys
 from nano_moe.config import DataConfig
 from nano_moe.text.store import prepare
+from nano_moe.text.writer import SplitWriter
 data = DataConfig.model_validate_json(sys.argv[1])
 print(prepare(data, 1000, 64, progress=False).sha256)
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
