@@ -11,7 +11,7 @@ import pytest
 
 from nano_moe import recipe_file
 from nano_moe.census import census
-from nano_moe.cli.main import VERBS
+from nano_moe.cli.main import VERBS, main
 from nano_moe.config import ModelConfig, MoEConfig
 from nano_moe.evaluation import evaluate
 
@@ -132,6 +132,31 @@ def test_the_table_of_schemes_names_fields_files_and_tests_that_exist():
                 assert (ROOT / folder / path).is_file(), f"{scheme}: {path}"
         for trap in re.findall(r"\bT(\d+)", tests):
             assert f"def test_t{int(trap):02d}_" in TRAPS, f"{scheme}: T{trap}"
+
+
+GPU = ROOT / "recipes" / "gpu"
+COST = r"not run by us: (.+?) weights, (.+?) active, (.+?) tokens, (.+?) FLOPs, (.+?), (.+? h)\. "
+COSTS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (GPU / "README.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("| [")
+]
+
+
+@pytest.mark.parametrize("row", COSTS, ids=lambda row: " ".join(row[:2]))
+def test_costs_on_a_gpu_are_what_count_says(row, capsys):
+    name, given, *told = row
+    path = GPU / re.search(r"\]\((.+)\)", name)[1]
+    assert main(["count", str(path), *re.findall(r"[\w.]+=\d+", given), "--gpu"]) == 0
+    (found,) = re.findall(COST, capsys.readouterr().out)
+    assert told == list(found)
+    if "=" not in given:
+        assert f"# Computed: {found[-2]}, {found[-1]} of" in path.read_text(encoding="utf-8")
+
+
+def test_each_recipe_for_a_gpu_has_its_costs_for_both_cards():
+    paths = sorted(path.name for path in GPU.glob("*.yaml") if path.name != "base.yaml")
+    assert sorted(row[0] for row in COSTS) == sorted(2 * [f"[{one}]({one})" for one in paths])
 
 
 def test_the_model_it_writes_down_counts_as_it_says(tmp_path):

@@ -10,6 +10,7 @@ from nano_moe.accounting import BYTES, Sparsity
 from nano_moe.cli.arguments import add_json, add_recipe
 from nano_moe.cli.output import params, print_count, print_json, print_table, si, size
 from nano_moe.config import ModelConfig, Recipe
+from nano_moe.errors import UserError
 from nano_moe.footprint import compiled_at_most, kept_per_token, peak
 from nano_moe.published import Publication, Published
 
@@ -31,6 +32,11 @@ MOMENTS = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
+    parser.add_argument(
+        "--gpu",
+        action="store_true",
+        help="estimate a whole training's memory and hours on one GPU, too",
+    )
     add_json(parser)
 
 
@@ -38,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
     loaded = recipe_file.load_any(args.recipe, args.overrides)
     if isinstance(loaded, Recipe):
         _count_recipe(args, loaded)
+    elif args.gpu:
+        raise UserError(f"count --gpu: {args.recipe} says nothing of a training; drop it")
     else:
         _count_published(args, loaded)
 
@@ -48,6 +56,7 @@ def _count_recipe(args: argparse.Namespace, recipe: Recipe) -> None:
         groups = accounting.weight_groups(recipe.model)
         sparsity = accounting.sparsity(groups, recipe.model.moe.n_experts)
     activations, step = _activations(recipe.model), _step(recipe)
+    gpu = _gpu(recipe) if args.gpu else {}
     if args.json:
         print_json(
             {
@@ -55,12 +64,15 @@ def _count_recipe(args: argparse.Namespace, recipe: Recipe) -> None:
                 "activation_bytes_per_token": activations,
                 "step": step,
                 "sparsity": sparsity and sparsity._asdict(),
+                **({"gpu": gpu} if gpu else {}),
             }
         )
         return
     print_count(args.recipe, counted)
     _print_activations(activations)
     _print_step(step)
+    if gpu:
+        _print_gpu(gpu)
     if sparsity is not None:
         _print_sparsity(sparsity, counted.total_params)
 
@@ -84,6 +96,14 @@ def _step(recipe: Recipe) -> dict[str, Any]:
         **peak(recipe, precision)._asdict(),
         "compiled_bytes_at_most": compiled_at_most(recipe, precision),
     }
+
+
+def _gpu(recipe: Recipe) -> dict[str, Any]:
+    """What a whole training would take on one GPU, in bf16; computed."""
+    from nano_moe.studies import tiers
+
+    assumed = {"peak_flops_per_second": tiers.PEAK, "utilisation": tiers.SHARE}
+    return {**tiers.cost(recipe)._asdict(), **assumed}
 
 
 def _count_published(args: argparse.Namespace, published: Published) -> None:
@@ -160,6 +180,17 @@ def _print_step(step: dict[str, Any]) -> None:
     )
     if compiled:
         print(f"Compiled products of experts may take up to {size(compiled)} beside it.")
+
+
+def _print_gpu(gpu: dict[str, Any]) -> None:
+    weights, active = params(gpu["total_params"]), params(gpu["active_params"])
+    print(
+        f"One GPU, computed and not run by us: {weights} weights, {active} active, "
+        f"{si(gpu['tokens'])} tokens, {gpu['flops']:.2e} FLOPs, {size(gpu['memory_bytes'])}, "
+        f"{gpu['seconds'] / 3600:.1f} h. The time is FLOPs over {gpu['utilisation']:.0%} of a peak "
+        f"of {gpu['peak_flops_per_second'] / 1e12:.0f} TFLOP/s (A100, bf16), the same share for "
+        "dense and sparse, a guess; memory is the CPU path's peak in bf16 and wide logits."
+    )
 
 
 def _print_sparsity(s: Sparsity, total: int) -> None:

@@ -134,18 +134,17 @@ def _write(
     bar.update(sum(n_bytes for n_bytes, *_ in noted.get("sums", ())))
     if "closed" in noted:
         return noted
-    writer = SplitWriter(here.tokens, name, tokenizer, texts.domains, noted)
     since = 0
-    for batch in _batches(_after(texts.splits[name], writer.n_documents)):
-        writer.append(batch)
-        n_bytes = sum(document.n_bytes for document in batch)
-        bar.update(n_bytes)
-        since += n_bytes
-        if since >= NOTE_EVERY:
-            here.note(name, writer.note())
-            since = 0
-    noted = {**writer.note(), "closed": True}
-    writer.close()
+    with SplitWriter(here.tokens, name, tokenizer, texts.domains, noted) as writer:
+        for batch in _batches(_after(texts.splits[name], writer.n_documents)):
+            writer.append(batch)
+            n_bytes = sum(document.n_bytes for document in batch)
+            bar.update(n_bytes)
+            since += n_bytes
+            if since >= NOTE_EVERY:
+                here.note(name, writer.note())
+                since = 0
+        noted = {**writer.note(), "closed": True}
     here.note(name, noted)
     return noted
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nano_moe.errors import UserError
-from nano_moe.files import sync, write_text
+from nano_moe.files import remove_torn, sync, write_text
 
 BEGUN, LOCK = ".begun", ".lock"
 
@@ -78,6 +78,8 @@ def kept(folder: Path) -> Iterator[Place]:
     """
     place = Place(folder.with_name(f".{folder.name}{BEGUN}"), keeps=True)
     place.tokens.mkdir(parents=True, exist_ok=True)
+    for written in (place.folder, place.tokens):
+        remove_torn(written)
     try:
         yield place
     except UserError:

@@ -43,9 +43,8 @@ class Shelf:
         shards = kept["shards"] if kept else [{}] * SHARDS
         self._shards = [Shard(**shard) for shard in shards]
         self._waiting = 0
-        for number, shard in enumerate(self._shards if kept else ()):
-            if shard.size:
-                self._cut(number, shard.size)
+        for number, shard in enumerate(self._shards):
+            self._cut(number, shard.size)
 
     @property
     def n_documents(self) -> int:
@@ -129,6 +128,9 @@ class Shelf:
 
     def _cut(self, number: int, size: int) -> None:
         """Take off what was appended after `kept`; raises ValueError where bytes are missing."""
+        if not size:  # a file begun by a flush that came to no end
+            self._file(number).unlink(missing_ok=True)
+            return
         with self._file(number).open("r+b") as file:
             if file.seek(0, 2) < size:
                 raise ValueError(f"{self._file(number)}: shorter than the {size} bytes noted")

@@ -6,6 +6,7 @@ What was appended and noted is there to go on from, whatever happened since.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,10 +102,17 @@ class SplitWriter:
             "names": self._names.tell(),
         }
 
-    def close(self) -> None:
-        self.tokens.close()
-        self.table.close()
-        self._names.close()
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *fault: object) -> None:
+        """After a fault, too, nothing stays open that could still be written at a later time."""
+        if kind is None:
+            self.tokens.close()
+            self.table.close()
+        for file in (self.tokens.file, self.table.file, self._names):
+            with suppress(OSError) if kind else nullcontext():
+                file.close()
 
     def _rows(self, documents: list[Document], ids: list[np.ndarray]) -> np.ndarray:
         """(documents, 4) int64: first token, domain id, bytes as spelt, tokens."""

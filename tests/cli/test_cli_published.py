@@ -56,6 +56,14 @@ def test_count_as_json_has_the_figures_that_it_has_in_words(shop):
     assert four["active_params"] > found["active_params"]
 
 
+def test_hours_on_a_gpu_are_of_a_training(shop):
+    assert "says nothing of a training; drop it" in shop.fault("count", MIXTRAL, "--gpu")
+    found = shop.json("count", "tiny.yaml", "--gpu")
+    assert found["gpu"]["total_params"] == found["total_params"]
+    assert found["gpu"]["seconds"] == found["gpu"]["flops"] / (0.35 * 312e12)
+    assert "gpu" not in shop.json("count", "tiny.yaml")
+
+
 def test_a_changed_model_is_not_shown_beside_its_sources_figures(shop):
     _, out, _ = shop.run("count", MIXTRAL, "model.moe.top_k=4")
     assert "changed: model.moe.top_k=4" in out and "12.9B" not in out and "Jiang" not in out

@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -243,6 +244,24 @@ RECORD, TABLE = HERE / "results.json", HERE.parent / "README.md"
 BEGIN, END = "<!-- faults: written by make test-faults and make soak -->", "<!-- end of faults -->"
 
 
+def commit(root: Path = HERE) -> str | None:
+    """The commit that is tried, "+" where the tree differs from it, the record apart.
+
+    None outside git.
+    """
+    ours = [f":(top,exclude)tests/{name}" for name in ("README.md", "faults/*.json")]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = "+" if git("status", "--porcelain", "--", ":/", *ours) else ""
+        return git("rev-parse", "--short", "HEAD") + changed
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def times(few: int, many: int) -> int:
     """How often to try a fault: in `make test-all`, and in `make test-faults`."""
     return many if FULL else few
@@ -259,6 +278,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.counts: dict[str, list[int]] = {}
+        self.commit = commit()  # of what was imported, whatever is edited meanwhile
 
     @contextlib.contextmanager
     def attempt(self, fault: str, n: int = 1) -> Iterator[None]:
@@ -269,9 +289,14 @@ class Ledger:
         row[1] += n
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        command, day = "make test-faults", time.strftime("%Y-%m-%d")
         return {
-            fault: {"tried": tried, "survived": survived, "command": command, "date": day}
+            fault: {
+                "tried": tried,
+                "survived": survived,
+                "command": "make test-faults",
+                "date": time.strftime("%Y-%m-%d"),
+                "commit": self.commit,
+            }
             for fault, (tried, survived) in self.counts.items()
         }
 
@@ -288,9 +313,12 @@ def write_record(new: dict[str, dict[str, Any]]) -> None:
 
 
 def table(held: dict[str, dict[str, Any]]) -> str:
-    lines = ["| fault | tried | survived | command | last run |", "|---|---|---|---|---|"]
+    """Rows of before commits were noted have none."""
+    header = ("fault", "tried", "survived", "command", "last run", "commit")
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for fault, row in sorted(held.items()):
-        facts = (fault, row["tried"], row["survived"], f"`{row['command']}`", row["date"])
+        command, at = f"`{row['command']}`", row.get("commit") or "–"
+        facts = (fault, row["tried"], row["survived"], command, row["date"], at)
         lines.append("| " + " | ".join(map(str, facts)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -3,6 +3,7 @@
 On a small disk of its own, which only the child sees that mounted it.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from kit import (
 )  # fmt: skip
 
 from nano_moe.runs import Run
+from nano_moe.text import building, hub, shelf
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mounts")]
 
@@ -87,6 +89,66 @@ def test_a_disk_that_fills_up_in_preparing(course, ledger, room):
         assert verb("prepare", "tiny.yaml", "data.cache=small")[0] == 0
 
     with ledger.attempt("disk full in preparing"):
+        on_own_mounts(work)
+
+
+HUB = ["data.files=[]", "data.hub.dataset=tales"]
+
+
+def write_tales(n: int) -> None:
+    """A dataset as the hub has them: shards of parquet, a story a row."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    Path("tales/data").mkdir(parents=True)
+    for part in range(2):
+        texts = [f"{i}: the old fox saw a hen and ran to the river " * 4 for i in range(part, n, 2)]
+        path = f"tales/data/train-{part:05d}-of-00002.parquet"
+        parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=50)
+
+
+def read_from_now_on(monkeypatch) -> list[str]:
+    """Will hold the name of every document that a dataset of the hub gives."""
+    given, real = [], hub.Stream.__iter__
+
+    def told(self):
+        for document in real(self):
+            given.append(document.name)
+            yield document
+
+    monkeypatch.setattr(hub.Stream, "__iter__", told)
+    return given
+
+
+ROOMS = (0, 1_050_000, 400_000, *range(50_000, 950_000, 100_000))  # bytes of such a disk
+
+
+@pytest.mark.parametrize("room", ROOMS[: times(3, 12)])
+def test_a_disk_that_fills_up_in_preparing_a_dataset(course, ledger, monkeypatch, room):
+    """Text waits in some 230 files of a page each; in the last tenth, tokens are being written."""
+    monkeypatch.setattr(shelf, "WAITING", 8_000)
+    monkeypatch.setattr(building, "BATCH", 8_000)
+    monkeypatch.setattr(building, "NOTE_EVERY", 16_000)
+
+    def work() -> None:
+        write_tales(600)
+        assert verb("prepare", "tiny.yaml", *HUB, "data.cache=whole")[0] == 0
+        whole = files("whole")
+        Path("small").mkdir()
+        mount_small(Path("small"), room + 4096)
+        read = read_from_now_on(monkeypatch)
+        line = refused("prepare", "tiny.yaml", *HUB, "data.cache=small")
+        assert line.startswith("error: small/tales-byte-"), line
+        assert "No space left" in line or "the disk may be full" in line, line
+        noted = [json.loads(p.read_text()) for p in Path("small").glob(".*.begun/read.json")]
+        all_read = bool(noted) and noted[0]["stream"] is None
+        assert all_read == (room > 10**6)
+        resize(Path("small"), 10**7)
+        read.clear()
+        assert verb("prepare", "tiny.yaml", *HUB, "data.cache=small")[0] == 0
+        assert len(read) < 600 if noted else len(read) == 600
+        assert not all_read or read == []
+        assert files("small") == {f"small{name[5:]}": raw for name, raw in whole.items()}
+
+    with ledger.attempt("disk full in preparing a dataset of the hub"):
         on_own_mounts(work)
 
 

@@ -8,6 +8,7 @@ import shutil
 import string
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -398,3 +399,49 @@ def test_safetensors(here, ledger, edits, name, header):
             assert len(experts.keys) == 8 and step == STEPS
     for left in (EXPERTS, REST):
         (run.path / left).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def exported(here):
+    """The weights of the course's run, exported as a folder of Hugging Face's."""
+    pytest.importorskip("transformers")
+    assert ends_well("export", "whole", "--to", "hf", "exported")
+    return (here / "exported" / "model.safetensors").read_bytes()
+
+
+def retold(raw: bytes, name: int, field: str, value: Any) -> bytes:
+    """A safetensors file whose header says something else of one tensor."""
+    cut = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:cut])
+    told = header[list(header)[name % len(header)]]
+    told[field] = value
+    said = json.dumps(header).encode()
+    return len(said).to_bytes(8, "little") + said + raw[cut:]
+
+
+TOLD = st.one_of(
+    st.tuples(st.just("dtype"), st.sampled_from(["F64", "F16", "BF16", "I64", "F8_E4M3", "U8"])),
+    st.tuples(st.just("shape"), st.lists(st.integers(0, 2**63), max_size=4)),
+    st.tuples(st.just("data_offsets"), st.lists(st.integers(0, 2**63), min_size=2, max_size=2)),
+    st.tuples(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), PLAIN),
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@fuzz(20, 200)
+@given(EDITS, st.sampled_from(["all", "header", "fields"]), st.integers(0, 99), TOLD)
+def test_weights_to_import(here, exported, ledger, edits, where, name, told):
+    """A damaged file is refused, or is a run of finite weights of the shapes of its config."""
+    cut = 8 + int.from_bytes(exported[:8], "little")
+    spoilt = {
+        "all": lambda: damaged(exported, edits),
+        "header": lambda: damaged(exported[:cut], edits) + exported[cut:],
+        "fields": lambda: retold(exported, name, *told),
+    }[where]()
+    Path("exported/model.safetensors").write_bytes(spoilt)
+    with ledger.attempt("fuzz: weights to import"), WATCH.within("checkpoints"):
+        if ends_well("import", "exported", "--name", "fuzzed"):
+            _, model, _ = checkpoints.load_model(Run(Path("checkpoints/fuzzed")))
+            assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+            shutil.rmtree("checkpoints/fuzzed")
+        assert not [path for path in os.listdir("checkpoints") if "fuzzed" in path]

@@ -1,5 +1,7 @@
 """The shelf and the writer: the same order, split and files as with everything in memory."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -49,6 +51,37 @@ def test_what_was_noted_is_found_again_and_nothing_else(tmp_path, monkeypatch):
     next((tmp_path / "texts").iterdir()).write_bytes(b"")
     with pytest.raises(ValueError, match="shorter"):
         Shelf(tmp_path / "texts", noted)
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["its first flush", "a later one"])
+@pytest.mark.parametrize("writes", [1, 5, 20])
+def test_a_flush_that_came_to_no_end_leaves_nothing(tmp_path, monkeypatch, first, writes):
+    """Stopped between two files: what they hold was noted nowhere, and is put again."""
+    shelf = Shelf(tmp_path / "texts")
+    books = [book(i) for i in range(90)]
+    for one in books[: 30 * first]:
+        shelf.put(one)
+    shelf.flush()
+    noted = json.loads(json.dumps(shelf.kept())) if first else None
+    for one in books[30 * first : 60]:
+        shelf.put(one)
+    real, left = Shelf._file, [writes]
+
+    def full(self, number):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        return real(self, number)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Shelf, "_file", full)
+        shelf.flush()
+    assert len(list((tmp_path / "texts").iterdir())) >= writes
+    again = Shelf(tmp_path / "texts", noted)
+    for one in books[30 * first :]:
+        again.put(one)
+    again.flush()
+    assert [list(part) for part in again.split(0.3)] == list(split_by_name(books, 0.3))
 
 
 def test_names_that_no_file_could_hold(tmp_path, monkeypatch):
