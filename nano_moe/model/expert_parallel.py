@@ -33,13 +33,14 @@ that this rank sends (the tokens' copies, one per rank that a token needs), P ro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed import DeviceMesh, ProcessGroup, init_device_mesh
+from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
 from nano_moe.errors import UserError
@@ -191,10 +192,13 @@ def _row_bytes(rows: Tensor) -> int:
 # --- a whole model -------------------------------------------------------------------------------
 
 
-def parallel_mesh(expert_ranks: int, device_type: str = "cpu") -> DeviceMesh:
+def parallel_mesh(
+    expert_ranks: int, device_type: str = "cpu", patience: timedelta | None = None
+) -> DeviceMesh:
     """All ranks of the job as a mesh ("data", "expert"): neighbours share out the experts.
 
-    Raises UserError where the ranks are no multiple of `expert_ranks`.
+    `patience` is that of groups which are a part of the job, with a rank that they wait for
+    (omitted: PyTorch's). Raises UserError where the ranks are no multiple of `expert_ranks`.
     """
     ranks = dist.get_world_size()
     if expert_ranks < 1 or ranks % expert_ranks:
@@ -202,8 +206,17 @@ def parallel_mesh(expert_ranks: int, device_type: str = "cpu") -> DeviceMesh:
             f"{ranks} processes cannot form groups of {expert_ranks} expert ranks; start a "
             f"multiple of {expert_ranks}"
         )
-    shape = (ranks // expert_ranks, expert_ranks)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("data", "expert"))
+    grid = torch.arange(ranks).view(-1, expert_ranks)
+    groups = [_own_group(rows, patience) for rows in (grid.T, grid)]
+    return DeviceMesh.from_group(groups, device_type, grid, mesh_dim_names=("data", "expert"))
+
+
+def _own_group(rows: Tensor, patience: timedelta | None) -> ProcessGroup:
+    """That of the groups of ranks, one a row, which this rank is in; all ranks make all."""
+    if len(rows) == 1:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=patience)[0]
 
 
 def shard_experts(model: nn.Module, group: ProcessGroup) -> None:

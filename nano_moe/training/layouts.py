@@ -35,6 +35,7 @@ from nano_moe.model.expert_parallel import (
     sharded_parameters,
 )
 from nano_moe.model.gpt import GPT
+from nano_moe.training import processes
 
 # --- one tensor ----------------------------------------------------------------------------------
 
@@ -214,7 +215,9 @@ class ExpertStrategy(Gathered, DDPStrategy):
         self._mesh: DeviceMesh | None = None
 
     def share_out(self, model: GPT) -> None:
-        self._mesh = parallel_mesh(self.expert_ranks, self.root_device.type)
+        # Else those that share experts would wait longer for a silent process than all others do.
+        patience = processes.SILENCE
+        self._mesh = parallel_mesh(self.expert_ranks, self.root_device.type, patience)
         shard_experts(model, self._mesh["expert"].get_group())
         experts = [f"model.{name}" for name, _, _ in sharded_parameters(model)]
         module = self.lightning_module

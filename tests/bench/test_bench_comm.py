@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from nano_moe.bench import comm
+from nano_moe.bench.group import on_ranks
 from nano_moe.communication import LINKS, groups_met, ranks_needed, seconds_at_least, sent
 from nano_moe.config import MoEConfig
 from nano_moe.errors import UserError
+from nano_moe.model import expert_parallel
 from nano_moe.model.expert_parallel import pack
 from nano_moe.model.router import Router
 from nano_moe.model.routing import Routing, count_tokens
@@ -109,3 +112,61 @@ def test_a_measured_row_is_near_the_formula(steps):
         assert row["steps"] == 2 and row["ranks"] == 4
         assert 0.6 < row["over formula"] < 1.6
         assert 0 < row["least"] <= row["exchange share"] < 1
+
+
+METERED = (
+    ("model.n_layers=2",),
+    (*comm.FINE, "model.moe.n_groups=4", "model.moe.top_k_groups=2", "trainer.precision=bf16"),
+)
+
+
+def metered(changes: list[str]) -> dict[str, Any]:
+    """In one of several processes: three steps, and every exchange that it took part in."""
+    exchanges: list[tuple[int, list[int]]] = []  # bytes of a row, rows from each rank
+    exchange = expert_parallel.all_to_all_single
+
+    def noted(rows, receive, send, group):
+        exchanges.append((rows.shape[1:].numel() * rows.itemsize, receive))
+        return exchange(rows, receive, send, group)
+
+    expert_parallel.all_to_all_single = noted
+    parallel, marks, steps = comm.ParallelStep(comm._recipe(changes, quick=True)), [0], []
+    forward = parallel.module.training_step
+
+    def training_step(*arguments):
+        done = forward(*arguments)
+        marks.append(len(exchanges))
+        return done
+
+    parallel.module.training_step = training_step
+    for number in range(3):
+        steps.append(parallel.run(number))
+        marks.append(len(exchanges))
+    expert_parallel.all_to_all_single = exchange
+    return {"steps": steps, "exchanges": exchanges, "marks": marks}
+
+
+def every_metered() -> list[dict[str, Any]]:
+    return [metered(changes) for changes in METERED]
+
+
+def test_the_meter_counts_what_the_other_ranks_received():
+    """Each step's passes by themselves, by the receivers' books; a row is per token and layer."""
+    for changes, of in zip(METERED, zip(*on_ranks(4, every_metered), strict=True), strict=True):
+        recipe, steps = comm._recipe(changes, quick=True), []
+        for rank, own in enumerate(of):
+            steps.append([comm.Step(*step) for step in own["steps"]])
+            others = [other["exchanges"] for other in of if other is not own]
+            passes = list(itertools.pairwise(own["marks"]))
+            received = [
+                sum(width * rows[rank] for other in others for width, rows in other[first:last])
+                for first, last in passes
+            ]
+            told = [(step.forward_bytes, step.backward_bytes) for step in steps[rank]]
+            assert list(itertools.chain(*told)) == received and min(received) > 0
+            assert all(0 < step.exchange_seconds < step.seconds for step in steps[rank])
+        row, layers = comm._row(recipe, steps), recipe.model.n_layers
+        total = sum(step.forward_bytes + step.backward_bytes for of in steps for step in of)
+        tokens = 4 * 3 * recipe.trainer.batch_size * recipe.model.context
+        per_token = row["forward bytes"] + row["backward bytes"]
+        assert per_token == pytest.approx(total / tokens / layers, rel=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 
 import torch
 
-from nano_moe import runs
+from nano_moe import checkpoints, runs
 from nano_moe.config import Recipe
 from nano_moe.text.store import Corpus, prepare
 from nano_moe.training import layouts
 from nano_moe.training.fit import fit
 from nano_moe.training.module import Decoder
 
-STEPS = 20
+STEPS, HALF = 20, 10
 # What is summed over ranks is in one or the other: both scopes of the balancing loss, the z-loss,
 # the bias; accumulation; both optimizers. With 16 experts, top_k 1 and 32 tokens some expert is
 # idle in every step. Rows of 18 do not split evenly over 4 ranks.
@@ -46,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
         "optim": {"name": "adamw"},
     },
     "idle muon": {"moe": {"n_experts": 16, "top_k": 1}},
+    "noise": {"moe": {"n_experts": 4, "top_k": 2, "noisy_top_k": True, "router_jitter": 0.1}},
 }
 
 
@@ -92,6 +94,11 @@ def recipe(name: str, backend: str = "loop", **trainer: Any) -> Recipe:
     )
 
 
+def folder_of(job: str) -> str:
+    """The name of a job's run."""
+    return job.replace(":", "-").replace(" ", "_")
+
+
 def write_text(path: Path) -> None:
     words = "the old fox saw a hen and ran to the river where stones lie in the sun".split()
     draw = random.Random(0)
@@ -113,9 +120,23 @@ def train(of: Recipe, name: str) -> runs.Run:
     return run
 
 
-def resume(name: str, overrides: list[str]) -> None:
+def train_half(of: Recipe, name: str) -> None:
+    """Of the first steps alone, in float64."""
+    with in_float64(), stopped_after(HALF):
+        run = train(of, name)
+    if layouts.ranks.leads():  # else what goes on from it would have nothing left to do
+        assert checkpoints.read_checkpoint(run.last)["global_step"] == HALF
+
+
+def overrides(trainer: dict[str, Any]) -> list[str]:
+    """From any layout to that of these fields."""
+    fields = {"devices": 1, "strategy": "auto", "expert_ranks": None, **trainer}
+    return [f"trainer.{field}={json.dumps(value)}" for field, value in fields.items()]
+
+
+def resume(name: str, changes: list[str]) -> None:
     run = runs.find(name)
-    of = run.recipe(overrides)
+    of = run.recipe(changes)
     fit(run, of, corpus(of), resume=True, progress=False)
 
 

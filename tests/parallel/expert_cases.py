@@ -5,6 +5,7 @@ Every process has the whole model and batch, too, and compares its share with th
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -241,6 +242,17 @@ def refusal_case(mesh: DeviceMesh) -> dict[str, str]:
     return found
 
 
+def patience_case() -> list[float]:
+    """Seconds that each group of a mesh waits for a rank, where the job itself waits 5 minutes."""
+    found = []
+    for ranks in (4, 2):
+        mesh = ep.parallel_mesh(ranks, patience=timedelta(seconds=77))
+        groups = [mesh[name].get_group() for name in ("data", "expert")]
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        found += [backend.options._timeout.total_seconds() for backend in backends]
+    return found
+
+
 def every_case() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for ranks in (4, 2):
@@ -259,4 +271,5 @@ def every_case() -> dict[str, Any]:
         found[f"state on {ranks}"] = state_case(mesh)
     found["empty"] = empty_case(ep.parallel_mesh(4))
     found["refused"] = refusal_case(mesh)
+    found["patience"] = patience_case()
     return found

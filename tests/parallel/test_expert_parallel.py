@@ -77,3 +77,9 @@ def test_what_cannot_be_exact_is_refused(found):
         assert "expert_choice" in refused["expert_choice"]
         assert "n_experts=6" in refused["six"] and "4 expert ranks" in refused["six"]
         assert "4 processes" in refused["mesh"] and "3 expert ranks" in refused["mesh"]
+
+
+def test_groups_that_are_a_part_of_the_job_are_as_patient_as_they_are_told(found):
+    """PyTorch's 30 minutes otherwise, while the rest of the job gives a silent rank up."""
+    for rank in found:
+        assert rank["patience"] == [77, 300, 77, 77]

@@ -5,11 +5,13 @@ Every wait here is shorter than the silence after which processes give each othe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -64,6 +66,11 @@ def others(leader: subprocess.Popen[str]) -> list[int]:
     return found
 
 
+def rank_of(process: int) -> int:
+    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return int(dict(one.split(b"=", 1) for one in variables if one)[b"RANK"])
+
+
 def wait_for_rows(leader: subprocess.Popen[str], name: str, n: int) -> None:
     """Until `n` more rows of metrics are written."""
     metrics = Path(f"checkpoints/{name}/metrics.csv")
@@ -91,29 +98,61 @@ def is_gone(process: int, seconds: float = 20) -> bool:
 
 def fault_of(leader: subprocess.Popen[str], seconds: float = 60) -> str:
     """The one line by which a training that ends within so long says why."""
-    told = leader.communicate(timeout=seconds)[1]
+    try:
+        told = leader.communicate(timeout=seconds)[1]
+    finally:
+        leader.kill()
     assert leader.returncode == 2 and "Traceback" not in told, told
     (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
     return line
+
+
+@contextlib.contextmanager
+def stopped(process: int) -> Iterator[None]:
+    """It lies still, and is gone at the end whatever others made of that."""
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def step_of(name: str) -> int:
     return int(checkpoints.read_checkpoint(Path(f"checkpoints/{name}/last.ckpt"))["global_step"])
 
 
-def test_a_process_that_dies_ends_the_training_which_goes_on_in_another_layout(place):
-    two = ("trainer.devices=2", "trainer.strategy=fsdp")
-    leader = start("train", "tiny.yaml", "--name", "x", *two)
+LAYOUTS = {
+    "ddp on 3": {"devices": 3, "strategy": "ddp", "batch_size": 3},
+    "fsdp on 2": {"devices": 2, "strategy": "fsdp"},
+    "ep on 2": {"devices": 2, "strategy": "ep"},
+    "ep of 2 on 4": {"devices": 4, "strategy": "ep", "expert_ranks": 2},
+}
+
+
+def several(layout: str) -> list[str]:
+    """A training in that layout; its last process is the one that comes to harm."""
+    return ["train", "tiny.yaml", "--name", "x", *cases.overrides(LAYOUTS[layout])]
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ep on 2", "ep of 2 on 4")]
+
+
+@pytest.mark.parametrize("layout", ["fsdp on 2", *SLOW])
+def test_a_process_that_dies_ends_the_training_which_goes_on_in_another_layout(place, layout):
+    leader, n = start(*several(layout)), LAYOUTS[layout]["devices"]
     wait_for_rows(leader, "x", 6)
-    (other,) = others(leader)
-    os.kill(other, signal.SIGKILL)
+    number = {rank_of(other): other for other in others(leader)}
+    assert number.keys() == set(range(1, n))
+    os.kill(number[n - 1], signal.SIGKILL)
     line = fault_of(leader)
-    assert line.startswith("error: process 1 of 2 was ended by SIGKILL; checkpoints/x/last.ckpt")
-    assert "make resume RUN=x" in line
+    told = f"process {n - 1} of {n} was ended by SIGKILL; checkpoints/x/last.ckpt is whole"
+    assert line.startswith(f"error: {told}") and "make resume RUN=x" in line
+    assert all(map(is_gone, number.values()))
     at = step_of("x")
     assert at >= 5 and at % 5 == 0
 
-    leader = start("resume", "x", "trainer.devices=1", "trainer.strategy=auto")
+    leader = start("resume", "x", *cases.overrides({}))
     wait_for_rows(leader, "x", 2)
     leader.send_signal(signal.SIGTERM)
     assert leader.wait(timeout=60) == 143
@@ -122,7 +161,7 @@ def test_a_process_that_dies_ends_the_training_which_goes_on_in_another_layout(p
 
 @pytest.mark.slow
 def test_a_leader_that_dies_ends_the_others(place):
-    leader = start("train", "tiny.yaml", "--name", "x", "trainer.devices=3", "trainer.batch_size=3")
+    leader = start(*several("ddp on 3"))
     wait_for_rows(leader, "x", 6)
     left = others(leader)
     assert len(left) == 2
@@ -136,14 +175,22 @@ def test_a_leader_that_dies_ends_the_others(place):
 
 IMPATIENT = """
 from datetime import timedelta
+
+from torch.distributed import distributed_c10d
+
 from nano_moe.training import processes
-processes.SILENCE = timedelta(minutes=0.5)
+
+connect = processes._connect
+
+
+def connect_in_peace(*arguments):  # on a busy machine imports alone take half a minute
+    connect(*arguments)
+    processes.SILENCE = timedelta(minutes=0.5)
+    distributed_c10d._set_pg_timeout(processes.SILENCE)
+
+
+processes._connect = connect_in_peace
 """
-
-
-def rank_of(process: int) -> int:
-    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    return int(dict(one.split(b"=", 1) for one in variables if one)[b"RANK"])
 
 
 @pytest.fixture
@@ -153,26 +200,24 @@ def impatient(place, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{place}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
 
 
-def several(n: int) -> list[str]:
-    fields = {"devices": n, "strategy": "ddp", "batch_size": n}
-    return ["train", "tiny.yaml", "--name", "x", *(f"trainer.{k}={v}" for k, v in fields.items())]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 3])
-def test_a_process_that_hangs_is_named(place, impatient, n):
-    leader = start(*several(n))
+@pytest.mark.parametrize("layout", ["ddp on 3", "ep on 2", "ep of 2 on 4"])
+def test_a_process_that_hangs_is_named(place, impatient, layout):
+    """After the silence and a roll call; what was saved is whole."""
+    leader, n = start(*several(layout)), LAYOUTS[layout]["devices"]
     wait_for_rows(leader, "x", 6)
     number = {rank_of(other): other for other in others(leader)}
-    os.kill(number[n - 1], signal.SIGSTOP)
-    line = fault_of(leader, seconds=180)
+    with stopped(number[n - 1]):
+        line = fault_of(leader, seconds=30 + 2 * processes.ROLL + 30)
     assert line.startswith(f"error: process {n - 1} of {n} has been silent for 0.5 minutes"), line
     assert "make resume RUN=x" in line and all(map(is_gone, number.values()))
+    _, _, step = checkpoints.load_model(runs.find("x"))
+    assert step == step_of("x") >= 5
 
 
 @pytest.mark.slow
 def test_a_first_process_that_hangs_is_named_by_one_of_the_others(place, impatient):
-    leader = start(*several(3))
+    leader = start(*several("ddp on 3"))
     wait_for_rows(leader, "x", 6)
     left = others(leader)
     os.kill(leader.pid, signal.SIGSTOP)
@@ -240,7 +285,7 @@ def test_the_first_process_takes_no_more_cores_than_those_it_starts(monkeypatch)
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["leader", "other"])
 def test_a_signal_to_any_process_stops_all_after_the_same_step(place, who):
-    leader = start("train", "tiny.yaml", "--name", "x", "trainer.devices=2", "trainer.strategy=ep")
+    leader = start(*several("ep on 2"))
     wait_for_rows(leader, "x", 3)
     (other,) = others(leader)
     os.kill(leader.pid if who == "leader" else other, signal.SIGTERM)

@@ -23,6 +23,7 @@ LAYOUTS = {
     "ep": {"strategy": "ep"},
     "ep of 2": {"strategy": "ep", "expert_ranks": 2},
 }
+SPECIAL = {"bf16": {"precision": "bf16"}, "compiled": {"compile": True}}
 
 
 def broken(case: str, trainer: dict[str, Any], name: str) -> None:
@@ -46,30 +47,35 @@ def broken(case: str, trainer: dict[str, Any], name: str) -> None:
         Decoder.training_step = original
 
 
+def work(kind: str, case: str, trainer: dict[str, Any], name: str) -> None:
+    if kind == "exact":
+        with cases.in_float64():
+            cases.train(cases.recipe(case, **trainer), name)
+    elif kind == "fp32":
+        with cases.first_gradients() as gradients:
+            run = cases.train(cases.recipe(case, backend="auto", **trainer), name)
+        if ranks.leads():
+            torch.save(gradients, run.path / "gradients.pt")
+    elif kind in SPECIAL:
+        cases.train(cases.recipe(case, backend="auto", **SPECIAL[kind], **trainer), name)
+        if kind == "compiled":
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    elif kind == "broken":
+        broken(case, trainer, name)
+    elif kind == "half":
+        cases.train_half(cases.recipe(case, **trainer), name)
+    else:  # the name of a run that another layout left half done
+        with cases.in_float64():
+            cases.resume(kind, cases.overrides(trainer))
+
+
 def main(jobs: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for job in jobs:
         kind, case, layout = job.split(":")
         trainer = {"devices": ranks.count(), **LAYOUTS[layout]}
-        name = job.replace(":", "-").replace(" ", "_")
-        if kind == "exact":
-            with cases.in_float64():
-                cases.train(cases.recipe(case, **trainer), name)
-        elif kind == "fp32":
-            with cases.first_gradients() as gradients:
-                run = cases.train(cases.recipe(case, backend="auto", **trainer), name)
-            if ranks.leads():
-                torch.save(gradients, run.path / "gradients.pt")
-        elif kind == "broken":
-            broken(case, trainer, name)
-        elif kind == "half":
-            with cases.in_float64(), cases.stopped_after(10):
-                cases.train(cases.recipe(case, **trainer), name)
-        else:  # the name of a run that another layout left half done
-            overrides = [f"trainer.{field}={value}" for field, value in trainer.items()]
-            with cases.in_float64():
-                cases.resume(kind, overrides)
+        work(kind, case, trainer, cases.folder_of(job))
     dist.destroy_process_group()
 
 
