@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.style import context
@@ -255,7 +256,7 @@ def _trend(axes: Axes, content: Mapping[str, Any]) -> None:
         else:
             _slope(panel, content, trend)
         panel.set_xscale("log", base=2)
-        xs = sorted({x for line in panel.get_lines() for x in line.get_xdata()})
+        xs = sorted({float(x) for line in panel.get_lines() for x in np.asarray(line.get_xdata())})
         panel.set_xticks(xs, [f"{x:g}" for x in xs])
         panel.minorticks_off()
         panel.set_xlabel(trend["per"].removeprefix("doubling of "))
@@ -272,7 +273,7 @@ def _leads(axes: Axes, trend: Mapping[str, Any]) -> None:
 
 
 def _slope(axes: Axes, content: Mapping[str, Any], trend: Mapping[str, Any]) -> None:
-    """Losses over a trend's numbers and the slope; other members stand at their experts' number.
+    """The figure over a trend's numbers and its slope; others stand at their number of experts.
 
     Means are joined of the members that ran with all seeds.
     """
@@ -280,19 +281,22 @@ def _slope(axes: Axes, content: Mapping[str, Any], trend: Mapping[str, Any]) -> 
     counts = {name: _n_experts(member["recipe"]) for name, member in content["members"].items()}
     if all(counts[member] == x for member, x in at.items()):
         at |= counts
-    losses = {
-        member: _of_member(content, member, "ce") for member in sorted(at, key=at.__getitem__)
+    runs = {
+        name: _of_member(content, name, trend["figure"]) for name in sorted(at, key=lambda n: at[n])
     }
-    most = max(map(len, losses.values()))
-    joined = {at[name]: statistics.fmean(ces) for name, ces in losses.items() if len(ces) == most}
-    axes.plot(list(joined), list(joined.values()), label=f"mean of {most} seeds", **_look(0))
-    for member, ces in losses.items():
-        axes.plot([at[member]] * len(ces), ces, "o", ms=5, mfc="none", color=COLOURS[0])
+    runs = {name: values for name, values in runs.items() if values}
+    most = max(map(len, runs.values()))
+    means = {at[name]: statistics.fmean(values) for name, values in runs.items()}
+    joined = [at[name] for name, values in runs.items() if len(values) == most]
+    axes.plot(joined, [means[x] for x in joined], label=f"mean of {most} seeds", **_look(0))
+    for name, values in runs.items():
+        axes.plot([at[name]] * len(values), values, "o", ms=5, mfc="none", color=COLOURS[0])
     xs = trend["points"][0]["x"]
-    middle = statistics.fmean(map(math.log2, xs)), statistics.fmean(joined[x] for x in xs)
+    middle = statistics.fmean(map(math.log2, xs)), statistics.fmean(means[x] for x in xs)
     fit = [middle[1] - trend["mean"] * (math.log2(x) - middle[0]) for x in (xs[0], xs[-1])]
     axes.plot([xs[0], xs[-1]], fit, label=f"fit: {-trend['mean']:+.3f} a doubling", **_look(1))
-    axes.set_ylabel("validation CE, nats per token")
+    named = {"ce": "validation CE, nats per token"}
+    axes.set_ylabel(named.get(trend["figure"], trend["figure"]))
 
 
 def _n_experts(recipe: Mapping[str, Any]) -> float:

@@ -170,6 +170,7 @@ def test_a_trend_is_drawn_with_its_fit_and_the_members_beside_it():
     }
     trend = {
         "lines": [{"2": "two", "4": "four", "8": "eight"}],
+        "figure": "ce",
         "mean": 0.1,
         "points": [{"x": [2, 4, 8]}],
     }
