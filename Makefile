@@ -109,7 +109,7 @@ test: $(STAMP) ## the fast tests
 	$(call takes,ARGS)@$(PYTEST) $(call given,ARGS)
 
 test-all: $(STAMP) ## all tests, slow ones too
-	$(call takes,ARGS)@$(PYTEST) -m 'not gpu' $(call given,ARGS)
+	$(call takes,ARGS)@$(PYTEST) --no-loadscope-reorder -m 'not gpu' $(call given,ARGS)
 
 test-faults: $(STAMP) ## kills, full disks, fuzzing, … in full counts; writes the table of tests/README.md
 	$(call takes,ARGS)@NANO_MOE_FAULTS=full $(BIN)/pytest -m 'not gpu' tests/faults $(call given,ARGS)

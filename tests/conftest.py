@@ -23,6 +23,13 @@ from nano_moe.text.store import Corpus, prepare
 settings.register_profile("nano_moe", deadline=None, derandomize=True)
 settings.load_profile("nano_moe")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that none of these is begun last, beside idle cores."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 TINY = {
     "vocab_size": 264,  # the byte tokenizer's 257, rounded up
     "context": 12,

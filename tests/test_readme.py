@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from making import no_make
 
 from nano_moe import recipe_file
 from nano_moe.census import census
@@ -70,9 +71,8 @@ def test_commands_that_load_recipes_are_found():
 
 
 def dry(*arguments):
-    return subprocess.run(
-        ["make", "--dry-run", "--silent", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["make", "--dry-run", "--silent", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=no_make(), capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))

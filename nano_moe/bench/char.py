@@ -142,7 +142,7 @@ def speeds(recipes: dict[str, Recipe], corpus: Corpus, budget: Budget, seconds: 
 
 def chosen(name: str, text: Path, budget: Budget, quick: bool, *fields: str) -> Recipe:
     """A recipe of ours on that text and budget."""
-    steps = (f"trainer.steps={budget.steps}", f"optim.warmup_steps={5 if quick else 50}")
+    steps = (f"trainer.steps={budget.steps}", f"optim.warmup_steps={1 if quick else 50}")
     small = [field for field in QUICK if not field.startswith(("model.vocab", "model.context"))]
     every = ("trainer.val_every=1000000", "trainer.save_every=1000000")
     overrides = (*text_of(text), *steps, *every, *(small if quick else ()), *fields)

@@ -10,6 +10,7 @@ import kit
 import pytest
 import soak
 from kit import BEGIN, END, HERE, RECORD, TABLE, Ledger, table
+from making import no_make
 from test_kills import KILLS
 from test_stops import STOPS
 
@@ -114,7 +115,8 @@ def test_a_short_soak_leaves_the_record_as_it_is(monkeypatch, tmp_path, capsys, 
 
 def test_the_soak_starts():
     command = ["make", "--dry-run", "--silent", "-o", ".venv/.installed", "soak", "MINUTES=1"]
-    line = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    made = subprocess.run(command, cwd=ROOT, env=no_make(), capture_output=True, text=True)
+    line = made.stdout
     ours = line.strip().replace(".venv/bin/python", sys.executable) + " --help"
     done = subprocess.run(["bash", "-c", ours], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--minutes" in done.stdout, done.stderr
