@@ -31,7 +31,7 @@ CLOSE = 1e-4
 RECIPE = """\
 seed: 5
 model:
-  {vocab_size: 264, context: 16, n_layers: 2, d_model: 32, n_heads: 2, d_ff: 64,
+  {vocab_size: 264, context: 16, n_layers: 2, d_model: 32, n_heads: 2, d_ff: 64, init_std: 0.2,
    moe: {n_experts: 4, top_k: 2, load_balancing_loss: 0.01}}
 data: {files: [text.txt], tokenizer: byte, val_fraction: 0.2, cache: cache}
 optim: {lr: 0.01, newton_schulz: fp32}
