@@ -115,8 +115,7 @@ def test_a_short_soak_leaves_the_record_as_it_is(monkeypatch, tmp_path, capsys, 
 
 def test_the_soak_starts():
     command = ["make", "--dry-run", "--silent", "-o", ".venv/.installed", "soak", "MINUTES=1"]
-    made = subprocess.run(command, cwd=ROOT, env=no_make(), capture_output=True, text=True)
-    line = made.stdout
+    line = subprocess.check_output(command, cwd=ROOT, env=no_make(), text=True)
     ours = line.strip().replace(".venv/bin/python", sys.executable) + " --help"
     done = subprocess.run(["bash", "-c", ours], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--minutes" in done.stdout, done.stderr
