@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NANO := $(BIN)/python -m nano_moe
 # A file's tests stay in one process, for the fixtures they share; one thread for each process.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 TORCH := torch==2.13.0
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
@@ -109,7 +109,7 @@ test: $(STAMP) ## the fast tests
 	$(call takes,ARGS)@$(PYTEST) $(call given,ARGS)
 
 test-all: $(STAMP) ## all tests, slow ones too
-	$(call takes,ARGS)@$(PYTEST) --no-loadscope-reorder -m 'not gpu' $(call given,ARGS)
+	$(call takes,ARGS)@$(PYTEST) -m 'not gpu' $(call given,ARGS)
 
 test-faults: $(STAMP) ## kills, full disks, fuzzing, … in full counts; writes the table of tests/README.md
 	$(call takes,ARGS)@NANO_MOE_FAULTS=full $(BIN)/pytest -m 'not gpu' tests/faults $(call given,ARGS)

@@ -123,6 +123,7 @@ def step_of(name: str) -> int:
 
 
 LAYOUTS = {
+    "ddp on 2": {"devices": 2, "strategy": "ddp"},
     "ddp on 3": {"devices": 3, "strategy": "ddp", "batch_size": 3},
     "fsdp on 2": {"devices": 2, "strategy": "fsdp"},
     "ep on 2": {"devices": 2, "strategy": "ep"},
@@ -135,10 +136,11 @@ def several(layout: str) -> list[str]:
     return ["train", "tiny.yaml", "--name", "x", *cases.overrides(LAYOUTS[layout])]
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ep on 2", "ep of 2 on 4")]
+SHARDED = ("fsdp on 2", "ep on 2", "ep of 2 on 4")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in SHARDED]
 
 
-@pytest.mark.parametrize("layout", ["fsdp on 2", *SLOW])
+@pytest.mark.parametrize("layout", ["ddp on 2", *SLOW])
 def test_a_process_that_dies_ends_the_training_which_goes_on_in_another_layout(place, layout):
     leader, n = start(*several(layout)), LAYOUTS[layout]["devices"]
     wait_for_rows(leader, "x", 6)

@@ -17,6 +17,13 @@ STUDIES = catalogue.everything()
 FINISHED = [one for one in STUDIES if one.results.is_file()]
 by_name = pytest.mark.parametrize("found", STUDIES, ids=lambda one: one.name)
 finished = pytest.mark.parametrize("found", FINISHED, ids=lambda one: one.name)
+# Those that run the same code again, and one of minutes, whose parts test_exchanging.py runs.
+SLOW = {one.name for one in STUDIES if one.study.repeats} | {"all-to-all"}
+small = pytest.mark.parametrize(
+    "found",
+    [pytest.param(one, marks=[pytest.mark.slow] * (one.name in SLOW)) for one in STUDIES],
+    ids=lambda one: one.name,
+)
 has_results = pytest.mark.skipif(not FINISHED, reason="no study has been run yet")
 README = report.README.read_text(encoding="utf-8")
 
@@ -44,7 +51,7 @@ def place():
         yield found
 
 
-@by_name
+@small
 def test_a_study_runs_in_small_and_withholds_its_verdicts(found, place, request):
     if any(member.expert_budget for member in found.study.members.values()):
         request.getfixturevalue("on_disk")
