@@ -12,7 +12,8 @@ Shapes: S matrices of m rows and n columns; a share has some of the first dimens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -104,11 +105,39 @@ def strategy_of(recipe: Recipe) -> Strategy | str:
         return FullyShardedStrategy()
     if trainer.strategy == "ep":
         return ExpertStrategy(trainer.expert_ranks or ranks.count())
-    return DDPStrategy(**DDP_OPTIONS)
+    return ReplicatedStrategy()
 
 
-# Buffers need not be sent: every process computes the same ones.
-DDP_OPTIONS: dict[str, Any] = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+class ReplicatedStrategy(DDPStrategy):
+    """DDP (Li et al. 2020) that adds up in one order from the first step on, resumed or not.
+
+    After the first backward that it sees, DDP sorts gradients anew into the buckets that it sends,
+    and where in a bucket a number lies decides in which order more than two processes' parts of it
+    are added. So it sees one before training, of the sum of all weights, which reaches them in
+    the reverse of their order as the loss does.
+    """
+
+    def __init__(self) -> None:
+        # Buffers need not be sent: every process computes the same ones.
+        super().__init__(forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        module = self.lightning_module
+        assert module is not None and self.model is not None
+        with torch.enable_grad(), _sum_for_forward(module):
+            self.model().backward()
+        module.zero_grad()
+
+
+@contextlib.contextmanager
+def _sum_for_forward(module: nn.Module) -> Iterator[None]:
+    weights = list(module.parameters())
+    module.forward = lambda: torch.stack([weight.sum() for weight in weights]).sum()
+    try:
+        yield
+    finally:
+        del module.forward  # the instance's, which hid the class's
 
 
 class Gathered(Strategy):
@@ -206,11 +235,11 @@ class FullyShardedStrategy(Gathered, ModelParallelStrategy):
     lightning_restore_optimizer = True
 
 
-class ExpertStrategy(Gathered, DDPStrategy):
+class ExpertStrategy(Gathered, ReplicatedStrategy):
     """DDP for all that is replicated; experts get their gradients where they lie."""
 
     def __init__(self, expert_ranks: int):
-        super().__init__(**DDP_OPTIONS)
+        super().__init__()
         self.expert_ranks = expert_ranks
         self._mesh: DeviceMesh | None = None
 
