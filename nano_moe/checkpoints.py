@@ -63,7 +63,7 @@ def read_checkpoint(
 
 
 def first_whole(paths: Sequence[Path], map_location: str = "cpu", *, mapped: bool = False) -> Found:
-    """The first of these checkpoints that is not damaged; raises the first one's UserError."""
+    """The first of these checkpoints that is not damaged; raises UserError where none is whole."""
     faults: list[DamagedCheckpoint] = []
     for path in paths:
         try:
@@ -74,7 +74,12 @@ def first_whole(paths: Sequence[Path], map_location: str = "cpu", *, mapped: boo
         step, passed = content["global_step"], [str(f).rsplit("; ", 1)[0] for f in faults]
         warning = f"{'; '.join(passed)}; taking {path.name} of step {step}" if passed else None
         return Found(path, content, warning)
-    raise faults[0]
+    others = [path.name for path in paths[1:] if path.is_file()]
+    if not others:
+        raise faults[0]
+    told = f"{str(faults[0]).rsplit('; ', 1)[0]}; {' and '.join(others)} cannot be read either"
+    recipe = paths[0].with_name("recipe.yaml")
+    raise DamagedCheckpoint(f"{told}, so begin anew: make train RECIPE={recipe}")
 
 
 def newest(run: Run) -> Found:

@@ -8,20 +8,26 @@ or srun made the processes there is nothing to start, and they end them. No torc
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 from nano_moe.config import Recipe
+from nano_moe.errors import UserError
 
 LEADER = "NANO_MOE_LEADER"  # the first process's id, told to those it starts
 POLL, GRACE = 0.2, 5.0  # seconds between looks; and those left to a process to speak for itself
 FAREWELL = 30.0  # seconds that the others may take to end after the first is done
-ADVICE = "no run had begun, start it again"
+ADVICE = "nothing had begun, start it again"
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTERRUPTED = "interrupted"
+STOPPED = {128 + number for number in STOPS}  # exit statuses
 
 
 def own_rank(recipe: Recipe) -> int:
@@ -33,8 +39,9 @@ def own_rank(recipe: Recipe) -> int:
 
 def under_slurm() -> bool:
     """Whether srun made this process, as one of several."""
-    made = "RANK" not in os.environ and "SLURM_PROCID" in os.environ
-    return made and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    # The body of a batch script has SLURM_PROCID, too, but is no step.
+    step = {"SLURM_PROCID", "SLURM_STEP_ID"} <= os.environ.keys()
+    return step and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def count_started() -> int:
@@ -44,19 +51,54 @@ def count_started() -> int:
     return int(os.environ["SLURM_NTASKS"]) if under_slurm() else 1
 
 
+def check_count(recipe: Recipe, n: int | None = None) -> None:
+    """Raises UserError where torchrun or srun, or their absence, are not what a recipe asks for.
+
+    `n` processes, None where the recipe leaves them to what the nodes have.
+    """
+    trainer, there = recipe.trainer, count_started()
+    if n is None and trainer.is_parallel:
+        n = None if trainer.devices == "auto" else trainer.devices * trainer.nodes
+    elif n is None:
+        n = 1
+    if trainer.nodes > 1 and there == 1:
+        raise UserError(
+            f"trainer.nodes: {trainer.nodes} nodes need torchrun or srun, which start the "
+            "processes of each: nano_moe/training/README.md has the commands"
+        )
+    started = "RANK" in os.environ or under_slurm()
+    if n is not None and started and there != n:
+        raise UserError(
+            f"trainer.devices: {there} processes were started, and trainer.devices times "
+            f"trainer.nodes is {n}; make them equal"
+        )
+
+
 def threads(n: int) -> int:
     """Of each of `n` processes on this node, unless OMP_NUM_THREADS says otherwise."""
     return max(1, (os.cpu_count() or 1) // n)
 
 
 class Watch(threading.Thread):
-    """Looks after the other processes; where one fell and this one does not end, ends it."""
+    """Looks after the other processes; where one fell and this one does not end, ends it.
 
-    def __init__(self, others: Sequence[subprocess.Popen[bytes]] = (), leader: int | None = None):
+    And where a second signal asks for it: while the main thread waits for a process that hangs, no
+    handler of Python's runs.
+    """
+
+    def __init__(
+        self,
+        others: Sequence[subprocess.Popen[bytes]] = (),
+        leader: int | None = None,
+        ear: socket.socket | None = None,
+    ):
         super().__init__(daemon=True)
-        self.others, self.leader = others, leader
+        self.others, self.leader, self.ear = others, leader, ear
         self.fault: str | None = None
+        self.status = 1  # what to end with
         self.advice = ADVICE
+        self._heard: list[int] = []  # signals
+        self._patient_until = math.inf
         self._fell, self._done = threading.Event(), threading.Event()
 
     def run(self) -> None:
@@ -67,6 +109,7 @@ class Watch(threading.Thread):
                 if not self._done.wait(GRACE):
                     self._end()
                 return
+            self._hear()
 
     def fell(self, seconds: float) -> str | None:
         """What happened to another process, if it is found to have ended so soon."""
@@ -80,16 +123,43 @@ class Watch(threading.Thread):
         if self.leader is not None:
             return None if os.getppid() == self.leader else f"process 0 ({self.leader}) is gone"
         for number, other in enumerate(self.others, 1):
+            if other.poll() in STOPPED:
+                self.status = other.returncode
+                return INTERRUPTED
             if other.poll():
                 return f"process {number} of {len(self.others) + 1} {_ending(other.returncode)}"
         return None
 
+    def _hear(self) -> None:
+        """A second signal, or the first so long ago, and this process is still here."""
+        if self.ear is None:
+            return
+        with contextlib.suppress(OSError):  # nothing is there, or this is the end
+            heard = [number for number in self.ear.recv(64) if number in STOPS]
+            self._heard += heard
+            self._patient_until = time.monotonic() + GRACE if heard else self._patient_until
+        if time.monotonic() < self._patient_until:
+            return
+        self._patient_until = math.inf
+        if len(self._heard) > 1:
+            self.fault, self.status = INTERRUPTED, 128 + self._heard[-1]
+            self._end()
+        name = signal.Signals(self._heard[0]).name
+        told = f"{name}: the step is not at its end after {GRACE:g} seconds; a second one ends all"
+        _say(f"{told} at once, and {self.advice}")
+
     def _end(self) -> None:
         """This process hangs, perhaps in a message to the one that is gone."""
         if self.leader is None or os.environ["LOCAL_RANK"] == "1":
-            os.write(2, f"\nerror: {self.fault}; {self.advice}\n".encode())
+            _say(f"{'' if self.fault == INTERRUPTED else 'error: '}{self.fault}; {self.advice}")
         kill(self.others)
-        os._exit(1)
+        os._exit(self.status)
+
+
+def _say(text: str) -> None:
+    """On a line of its own, whatever the main thread is in."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
 
 
 def _ending(status: int) -> str:
@@ -110,18 +180,36 @@ def others(n: int, arguments: Sequence[str]) -> Iterator[Watch]:
         os.environ.update(_variables(n))
     started = [] if outside else [_start(number, n, arguments) for number in range(1, n)]
     leader = int(before[LEADER]) if LEADER in before else None
-    watch = Watch(started, leader)
-    if started or leader is not None:
-        watch.start()
-    try:
-        yield watch
-        wait(started)
-    finally:
-        watch.stop()
-        kill(started)
-        if not outside:
-            os.environ.clear()
-            os.environ.update(before)
+    with _ear() as ear:
+        watch = Watch(started, leader, ear if started else None)
+        if started or leader is not None:
+            watch.start()
+        try:
+            yield watch
+            wait(started)
+        finally:
+            watch.stop()
+            kill(started)
+            if not outside:
+                os.environ.clear()
+                os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _ear() -> Iterator[socket.socket | None]:
+    """Where the number of every signal arrives that Python has a handler for, at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield None
+        return
+    ear, mouth = socket.socketpair()
+    with ear, mouth:
+        ear.setblocking(False)
+        mouth.setblocking(False)
+        before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        try:
+            yield ear
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 def _variables(n: int) -> dict[str, str]:

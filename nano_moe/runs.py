@@ -248,9 +248,19 @@ def check_recipe(run: Run, recipe: Recipe, checkpoint: dict[str, Any]) -> None:
         imported = run.is_untrained_import
         anew = "import with this recipe" if imported else "train this recipe as a new run"
         raise UserError(
-            f"{run.recipe_file}: {changed} was changed since {run.best if imported else run.last} "
-            f"was written; resume goes on exactly as begun, so undo the change, or {anew}"
+            f"{run.recipe_file}, or an override: {changed} was changed since "
+            f"{run.best if imported else run.last} was written; resume goes on exactly as begun "
+            f"and takes {', '.join(f'trainer.{field}' for field in LAYOUT)} alone, so undo the "
+            f"change, or {anew}"
         )
+
+
+def resume_command(run: Run, recipe: Recipe) -> str:
+    """What goes on with a run on the processes of this recipe, which may not be its own."""
+    own, now = run.recipe().trainer, recipe.trainer
+    changed = [field for field in LAYOUT if getattr(own, field) != getattr(now, field)]
+    overrides = [f"trainer.{field}={json.dumps(getattr(now, field))}" for field in changed]
+    return " ".join([f"make resume RUN={run.name}", *overrides]).replace('"', "")
 
 
 def first_difference(one: Any, other: Any, field: str = "") -> str | None:

@@ -69,6 +69,8 @@ def _count_recipe(args: argparse.Namespace, recipe: Recipe) -> None:
         )
         return
     print_count(args.recipe, counted)
+    if recipe.trainer.is_parallel:
+        print("of one process that holds it all: how trainer shares it out is not counted\n")
     _print_activations(activations)
     _print_step(step)
     if gpu:

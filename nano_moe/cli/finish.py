@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nano_moe.checkpoints import load_model
 from nano_moe.cli.output import duration, print_json
 from nano_moe.config import Recipe
-from nano_moe.runs import Run
+from nano_moe.runs import Run, resume_command
 
 if TYPE_CHECKING:
     from nano_moe.text.store import Corpus
@@ -27,7 +27,7 @@ def finish(run: Run, recipe: Recipe, corpus: Corpus, result: Result, *, as_json:
     if result.stopped_by is not None:
         print(
             f"stopped at step {result.step} of {recipe.trainer.steps} by {result.stopped_by}; "
-            f"go on with: make resume RUN={run.name}",
+            f"go on with: {resume_command(run, recipe)}",
             file=sys.stderr,
         )
         return 128 + signal.Signals[result.stopped_by]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nano_moe.accounting import Count
+from nano_moe.config import Recipe
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -60,6 +61,16 @@ def si(value: float) -> str:
         if abs(value) >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value:g}"
+
+
+def note_processes(recipe: Recipe) -> None:
+    trainer = recipe.trainer
+    if trainer.strategy in ("fsdp", "ep") and (trainer.devices, trainer.nodes) == (1, 1):
+        print(
+            f"trainer.strategy: {trainer.strategy} on one process keeps all of the model there; "
+            "trainer.devices=2 starts two",
+            file=sys.stderr,
+        )
 
 
 def params(n: float) -> str:

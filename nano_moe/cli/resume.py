@@ -11,10 +11,9 @@ import sys
 from nano_moe import accounting, checkpoints, runs
 from nano_moe.cli.arguments import add_json, add_run
 from nano_moe.cli.finish import finish
-from nano_moe.cli.output import print_count
-from nano_moe.config import Recipe
+from nano_moe.cli.output import note_processes, print_count
 from nano_moe.errors import UserError
-from nano_moe.launch import own_rank
+from nano_moe.launch import check_count, own_rank
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,13 +30,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     found = runs.find(args.run)
     recipe = found.recipe(args.overrides)
+    check_count(recipe)
     imported = found.is_untrained_import
     if imported:
         _check_text(found)
     else:
-        _check_unfinished(found, recipe)
+        _check_unfinished(found)
     if own_rank(recipe) == 0:
         print_count(str(found.recipe_file), accounting.count(recipe), to_stderr=args.json)
+        note_processes(recipe)
         if imported:
             print(
                 f"{found.path}: imported weights; training begins at step 0, with a fresh "
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = recipe.model
     with started(recipe, args.arguments) as job:
-        job.advise(found)
+        job.advise(found, recipe)
         corpus = job.first(lambda: prepare(recipe.data, model.vocab_size, model.context))
         result = fit(found, recipe, corpus, resume=True)
     return finish(found, recipe, corpus, result, as_json=args.json) if job.leads else 0
@@ -64,9 +65,9 @@ def _check_text(found: runs.Run) -> None:
         )
 
 
-def _check_unfinished(found: runs.Run, recipe: Recipe) -> None:
+def _check_unfinished(found: runs.Run) -> None:
     step = int(checkpoints.newest(found).content["global_step"])
-    if step >= recipe.trainer.steps:
+    if step >= found.recipe().trainer.steps:
         raise UserError(
             f"{found.path}: finished at step {step}; nothing to resume, "
             f"score it with: make eval RUN={found.name}"

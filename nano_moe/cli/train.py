@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from nano_moe import accounting, recipe_file, runs
 from nano_moe.cli.arguments import add_json, add_recipe
 from nano_moe.cli.finish import finish
-from nano_moe.cli.output import print_count
+from nano_moe.cli.output import note_processes, print_count
 from nano_moe.config import Recipe
-from nano_moe.launch import own_rank
+from nano_moe.launch import check_count, own_rank
 
 if TYPE_CHECKING:
     from nano_moe.text.store import Corpus
@@ -29,11 +29,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     recipe = recipe_file.load(args.recipe, args.overrides)
+    check_count(recipe)
     runs.source_of(recipe)
     if own_rank(recipe) == 0:
         if args.name is not None:
             runs.check_name_is_free(args.name)
         print_count(args.recipe, accounting.count(recipe), to_stderr=args.json)
+        note_processes(recipe)
     from nano_moe.device import check_memory
 
     check_memory(recipe)
@@ -52,7 +54,7 @@ def _train(job: Job, recipe: Recipe, args: argparse.Namespace) -> tuple[runs.Run
     from nano_moe.training.fit import fit
 
     created = job.agreed(lambda: runs.create(recipe, stem=stem, name=args.name))
-    job.advise(created)
+    job.advise(created, recipe)
     try:
         if job.leads:
             print(f"run {created.path}", file=sys.stderr)

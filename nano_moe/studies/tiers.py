@@ -2,7 +2,7 @@
 
 Numbers of a member that differ from the small anchor's keep their ratio to it, so that a dense FFN
 of twice the anchor's width stays one; what equals the small anchor's becomes the large one's.
-Members that are measured untrained were large to begin with, and stay.
+Members that are measured untrained stay as they are, and are measured on the CPU in this tier, too.
 
 NOT RUN BY US: memory and time are estimates, and so are the rates.
 """
@@ -29,7 +29,8 @@ ASKED = {"precision"}  # what a member says of it is meant
 FLOPS_WITHIN = 0.01  # attention's share is another one, so steps that were equal in FLOPs are not
 CAVEAT = (
     "The gpu tier: rates are those of the small anchor's grid in the ratio of the two anchors, and "
-    "were not tuned at this size; FLOPs are equal within 1 %."
+    "were not tuned at this size; FLOPs are equal within 1 %. Members that are measured untrained "
+    "stay of their size, and what is measured of them, and the memory of all, is the CPU's."
 )
 
 

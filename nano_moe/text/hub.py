@@ -8,6 +8,7 @@ is given, a row that matches it begins one, to which all rows up to the next suc
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -70,6 +71,8 @@ def _content(folder: Path) -> str:
             raise UserError(
                 f"{path}: cannot be read ({error.strerror}); check its permissions"
             ) from error
+        if path.suffix == ".parquet":
+            _check_parquet(path)
         digest.update(f"{'/'.join(parts)} {content}\n".encode("utf-8", "surrogatepass"))
         empty = empty and path.suffix in (".md", ".yaml")
     if empty:
@@ -78,6 +81,36 @@ def _content(folder: Path) -> str:
             "name a dataset's folder, or text of your own with data.files=PATH"
         )
     return digest.hexdigest()
+
+
+def _check_parquet(path: Path) -> None:
+    """Raises UserError where the file is none, cut short or empty, which the library takes ill."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
+
+    try:
+        n_rows = read_metadata(path).num_rows
+    except (ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: not a readable parquet file ({_first_line(error)}); fetch it again"
+        ) from error
+    if n_rows == 0:
+        raise UserError(f"{path}: holds no rows; take it out of the folder")
+
+
+def _first_damaged(folder: Path) -> Path | None:
+    """The first parquet file whose pages cannot be read; the library names none."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    for path in sorted(folder.rglob("*.parquet")):
+        try:
+            with ParquetFile(path) as file:
+                for _ in file.iter_batches():
+                    pass
+        except (ArrowException, OSError):
+            return path
+    return None
 
 
 class Stream:
@@ -181,6 +214,9 @@ class Stream:
                 reason = _first_line(error)
                 if self.found.folder is None and _is_network(error):
                     raise _unreachable(self.found.hub, reason) from error
+                torn = None if self.found.folder is None else _first_damaged(self.found.folder)
+                if torn is not None:
+                    raise UserError(f"{torn}: damaged ({reason}); fetch it again") from error
                 hint = "check dataset, config, split and column under data.hub"
                 if self.found.folder is not None and self.found.hub.config is not None:
                     hint += "; a folder of one configuration alone: data.hub.config=null"
@@ -257,15 +293,22 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """The library tries 20 times to reach a hub that is gone; TRIES must do."""
+    """The library tries 20 times to reach a hub that is gone; TRIES must do.
+
+    And what it logs of a fault before it raises it is said once, by us.
+    """
     import datasets.config
 
+    log = logging.getLogger("datasets")
+    level = log.level
     names = ("STREAMING_READ_MAX_RETRIES", "STREAMING_OPEN_MAX_RETRIES")
     before = {name: getattr(datasets.config, name) for name in names}
     try:
         for name in names:
             setattr(datasets.config, name, TRIES)
+        log.setLevel(logging.CRITICAL)
         yield
     finally:
+        log.setLevel(level)
         for name, tries in before.items():
             setattr(datasets.config, name, tries)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from nano_moe import launch, ranks
 from nano_moe.config import Recipe
 from nano_moe.device import choose_device, choose_devices, count_processes
 from nano_moe.errors import SaidElsewhere, UserError
-from nano_moe.runs import Run
+from nano_moe.runs import Run, resume_command
 
 SILENCE = timedelta(minutes=10)  # of one process after which the others give up
 PATIENCE = timedelta(days=7)  # for the first to read a corpus
@@ -72,10 +73,11 @@ class Job:
         self.agreed(lambda: made.append(make()))
         return made[0] if made else make()
 
-    def advise(self, run: Run) -> None:
+    def advise(self, run: Run, recipe: Recipe) -> None:
         """What is said where another process ends."""
         if self.watch is not None:
-            self.watch.advice = f"{run.last} is whole, go on with: make resume RUN={run.name}"
+            command = resume_command(run, recipe)
+            self.watch.advice = f"{run.last} is whole, go on with: {command}"
 
 
 @contextlib.contextmanager
@@ -86,7 +88,7 @@ def started(recipe: Recipe, arguments: Sequence[str]) -> Iterator[Job]:
     where there are not as many as the recipe says, and where one of them ends.
     """
     if not recipe.trainer.is_parallel:
-        _check_count(launch.count_started(), 1)
+        launch.check_count(recipe)
         yield Job()
         return
     n = count_processes(recipe)
@@ -95,11 +97,11 @@ def started(recipe: Recipe, arguments: Sequence[str]) -> Iterator[Job]:
             _connect(recipe, n)
             yield Job(watch)
             dist.destroy_process_group()
-        except RuntimeError as error:
-            fault = _lost(error, watch)
-            if fault is None:
+        except (RuntimeError, KeyboardInterrupt) as error:
+            cause = _connection_fault(error)
+            if cause is None:
                 raise
-            raise fault from error
+            raise _lost(cause, watch) from error
 
 
 @contextlib.contextmanager
@@ -122,7 +124,7 @@ def environment() -> ClusterEnvironment:
 
 
 def _connect(recipe: Recipe, n: int) -> None:
-    _check_count(launch.count_started(), n)
+    launch.check_count(recipe, n)
     if launch.under_slurm():
         _check_slurm(choose_devices(recipe), recipe.trainer.nodes)
         slurm = environment()
@@ -132,14 +134,6 @@ def _connect(recipe: Recipe, n: int) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     dist.init_process_group(backend, rank=launch.own_rank(recipe), world_size=n, timeout=SILENCE)
-
-
-def _check_count(there: int, n: int) -> None:
-    if there != n:
-        raise UserError(
-            f"trainer.devices: {there} processes were started, and trainer.devices times "
-            f"trainer.nodes is {n}; make them equal"
-        )
 
 
 def _check_slurm(devices: int, nodes: int) -> None:
@@ -154,11 +148,23 @@ def _check_slurm(devices: int, nodes: int) -> None:
         )
 
 
-def _lost(error: RuntimeError, watch: launch.Watch) -> UserError | None:
-    """What became of the others, where the fault is that they cannot be reached."""
-    if not any(word in str(error) for word in LOST):
-        return None
+def _connection_fault(error: BaseException | None) -> RuntimeError | None:
+    """That others cannot be reached, if that is the fault, or what a signal cut short."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
+            return error
+        error = error.__context__ if isinstance(error, KeyboardInterrupt) else None
+    return None
+
+
+def _lost(error: RuntimeError, watch: launch.Watch) -> BaseException:
+    """What became of the others, where they cannot be reached."""
+    if not watch.others and watch.leader is None:
+        # torchrun and srun end all once one has ended; what is left of the time is for saying so.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     fault = watch.fell(NOTICE)
+    if fault == launch.INTERRUPTED:
+        return KeyboardInterrupt()
     if fault is None and not dist.is_initialized():
         return _absent(error)
     if fault is None:

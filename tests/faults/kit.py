@@ -268,9 +268,17 @@ def times(few: int, many: int) -> int:
 
 
 def fuzz(few: int, many: int) -> settings:
-    """So many examples, each of which may use the working folder and the ledger."""
-    allowed = list(HealthCheck)
-    return settings(max_examples=times(few, many), deadline=None, suppress_health_check=allowed)
+    """So many examples, each of which may use the working folder and the ledger.
+
+    The same ones each time in `make test-all`, others each time in `make test-faults`.
+    """
+    return settings(
+        max_examples=times(few, many),
+        deadline=None,
+        derandomize=not FULL,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 class Ledger:

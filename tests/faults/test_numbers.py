@@ -47,7 +47,12 @@ def test_a_number_that_is_none_is_named_and_the_run_goes_on(
 
 @pytest.mark.parametrize("step", [25, 30, 35][: times(1, 3)])
 def test_a_gradient_spike_is_named_clipped_and_passed(course, ledger, monkeypatch, step):
-    original = Decoder.training_step
+    original, clip, norms = Decoder.training_step, Decoder.configure_gradient_clipping, {}
+
+    def clipped(decoder, *arguments, **named):
+        clip(decoder, *arguments, **named)
+        grads = [weight.grad for weight in decoder.parameters()]
+        norms[decoder.global_step + 1] = torch.nn.utils.get_total_norm(grads).item()
 
     def spike(decoder, batch, batch_idx):
         output = original(decoder, batch, batch_idx)
@@ -58,11 +63,13 @@ def test_a_gradient_spike_is_named_clipped_and_passed(course, ledger, monkeypatc
     with ledger.attempt("gradient spike"):
         with monkeypatch.context() as patch:
             patch.setattr(Decoder, "training_step", spike)
+            patch.setattr(Decoder, "configure_gradient_clipping", clipped)
             status, out, lines = verb("train", "tiny.yaml", "--name", "x", "--json")
         (told,) = warnings_of(lines)
         assert told.startswith(f"WARNING: step {step}: the gradient norm is ")
         assert "times the usual" in told and told.endswith("; clipped to 1")
-        assert status == 0 and json.loads(out)["ce"] < 6
+        assert norms[step] == pytest.approx(1, rel=1e-3)
+        assert status == 0 and json.loads(out)["ce"] < 4  # untrained: 5.6
 
 
 def test_a_healthy_run_warns_of_nothing(course):

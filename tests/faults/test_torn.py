@@ -98,6 +98,8 @@ def test_two_damaged_ones_are_refused_in_one_line(course):
         path.write_bytes(b"cut")
     status, _, lines = verb("resume", "broken")
     assert status == 2 and lines[-1].startswith(f"error: {run.last}: not a readable checkpoint")
+    assert "previous.ckpt cannot be read either" in lines[-1]
+    assert lines[-1].endswith(f"make train RECIPE={run.recipe_file}")
 
 
 @pytest.mark.parametrize(

@@ -46,13 +46,22 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "optim": {"name": "adamw"},
     },
-    "idle muon": {"moe": {"n_experts": 16, "top_k": 1}},
+    "idle muon": {
+        "moe": {
+            "n_experts": 16,
+            "top_k": 1,
+            "load_balancing_loss": 0.1,
+            "balance_scope": "sequence",
+        },
+    },
+    "dense": {"moe": None, "optim": {"expert_lr": None}},
     "noise": {"moe": {"n_experts": 4, "top_k": 2, "noisy_top_k": True, "router_jitter": 0.1}},
 }
 
 
 def recipe(name: str, backend: str = "loop", **trainer: Any) -> Recipe:
     case = CASES[name]
+    moe = case["moe"] and {**case["moe"], "d_expert": 8, "first_k_dense": 1, "backend": backend}
     return Recipe.model_validate(
         {
             "seed": 3,
@@ -65,7 +74,7 @@ def recipe(name: str, backend: str = "loop", **trainer: Any) -> Recipe:
                 "head_dim": 6,
                 "d_ff": 24,
                 "init_std": 0.2,
-                "moe": {**case["moe"], "d_expert": 8, "first_k_dense": 1, "backend": backend},
+                "moe": moe,
             },
             "data": {
                 "files": ["text.txt"],

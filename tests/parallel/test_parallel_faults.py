@@ -157,8 +157,10 @@ def test_a_process_that_dies_ends_the_training_which_goes_on_in_another_layout(p
     leader = start("resume", "x", *cases.overrides({}))
     wait_for_rows(leader, "x", 2)
     leader.send_signal(signal.SIGTERM)
-    assert leader.wait(timeout=60) == 143
-    assert step_of("x") > at
+    told = leader.communicate(timeout=60)[1]
+    assert leader.returncode == 143 and step_of("x") > at
+    (line,) = [line for line in told.splitlines() if "go on with: " in line]
+    assert "make resume RUN=x trainer.strategy=auto trainer.devices=1" in line
 
 
 @pytest.mark.slow
@@ -237,6 +239,7 @@ def test_processes_that_never_get_in_touch_are_counted(monkeypatch, rank, told):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "SILENCE", timedelta(seconds=1.2))
     monkeypatch.setattr(processes, "NOTICE", 0.0)
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)  # these tests can be ended
     with pytest.raises(UserError) as found, processes.started(cases.recipe("adamw", devices=2), []):
         pass
     assert f"trainer.devices: {told}" in str(found.value)
@@ -251,7 +254,7 @@ def test_no_run_is_advised_before_there_is_one():
 def under_srun(monkeypatch, **variables: str) -> None:
     for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES"):
         monkeypatch.delenv(name, raising=False)
-    numbers = {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "NTASKS": "4"}
+    numbers = {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "NTASKS": "4", "STEP_ID": "0"}
     for name, value in (numbers | variables).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
 
@@ -272,6 +275,14 @@ def test_tasks_of_srun_that_are_not_what_the_recipe_says_are_refused(monkeypatch
     with pytest.raises(UserError) as found, processes.started(recipe, []):
         pass
     assert text in str(found.value)
+
+
+def test_the_body_of_a_batch_script_is_one_process(monkeypatch):
+    under_srun(monkeypatch)
+    monkeypatch.delenv("SLURM_STEP_ID")
+    launch.check_count(cases.recipe("adamw"))
+    with pytest.raises(UserError, match="need torchrun or srun"):
+        launch.check_count(cases.recipe("adamw", devices=2, nodes=2))
 
 
 def test_the_first_process_takes_no_more_cores_than_those_it_starts(monkeypatch):
@@ -298,10 +309,74 @@ def test_a_signal_to_any_process_stops_all_after_the_same_step(place, who):
 
 
 @pytest.mark.slow
+def test_a_second_signal_ends_a_training_of_which_a_process_hangs(place):
+    """No handler of Python's runs in the first one, which waits within gloo."""
+    leader = start(*several("ddp on 2"))
+    wait_for_rows(leader, "x", 6)
+    (other,) = others(leader)
+    with stopped(other):
+        time.sleep(1)  # until the first process waits
+        leader.send_signal(signal.SIGINT)
+        time.sleep(launch.GRACE + 2)
+        assert leader.poll() is None
+        leader.send_signal(signal.SIGINT)
+        told = leader.communicate(timeout=launch.GRACE + 10)[1]
+    assert leader.returncode == 130 and "Traceback" not in told
+    lines = [line for line in told.splitlines() if "make resume RUN=x" in line]
+    assert ["SIGINT: the step" in lines[0], lines[1].startswith("interrupted; ")] == [True] * 2
+    assert step_of("x") >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seconds", [3, 6])
+def test_a_signal_to_all_while_they_get_ready_is_no_fault(place, number, seconds):
+    leader = subprocess.Popen(
+        [sys.executable, "-m", "nano_moe", *several("fsdp on 2")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    time.sleep(seconds)
+    os.killpg(leader.pid, number)
+    told = leader.communicate(timeout=60)[1]
+    assert leader.returncode in (130, 143), told
+    assert "error: " not in told and "Traceback" not in told, told
+
+
+def torchrun(*arguments: str) -> list[str]:
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*started, "--nproc-per-node=2", "-m", "nano_moe", *arguments]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_of_torchruns_that_dies_is_named_before_torchrun_ends_the_other(place, rank):
+    command = torchrun(*several("ddp on 2"))
+    leader = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    wait_for_rows(leader, "x", 6)
+    number = {rank_of(one): one for one in others(leader)}
+    os.kill(number[rank], signal.SIGKILL)
+    told = leader.communicate(timeout=60)[1]
+    assert leader.returncode
+    faults = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert len(faults) == 1 and f"process {rank} of 2 cannot be reached" in faults[0], told
+    assert "last.ckpt is whole, go on with: make resume RUN=x" in faults[0]
+    assert step_of("x") >= 5
+
+
+@pytest.mark.slow
 def test_torchrun_starts_the_processes_too(place):
     """Which must be as many as the recipe says; the run folder is claimed once."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "nano_moe", "train", "tiny.yaml", "trainer.steps=3"]
+    command = torchrun("train", "tiny.yaml", "trainer.steps=3")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     wrong = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert wrong.returncode and "2 processes were started" in wrong.stderr

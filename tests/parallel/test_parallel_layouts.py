@@ -75,6 +75,7 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
 
 LAYOUTS = {2: ("ddp", "fsdp", "ep"), 4: ("ddp", "fsdp", "ep", "ep of 2")}
 CASES = {2: ("muon", "adamw"), 4: ("muon", "adamw", "idle muon")}
+WHOLE = {2: (), 4: ("ddp", "fsdp")}  # of the dense decoder, which has no experts to share
 SINGLE = {2: ("fp32",), 4: ("fp32", "bf16")}  # the kinds of run that are not in float64
 # Case, who writes it half done, who goes on; "one" is one process.
 RESUMED = {
@@ -96,16 +97,20 @@ RESUMED = {
         ("adamw", "ep", "one"),
     ],
 }
+FEWER = ("ddp", "ep")  # what 4 processes write half done, and what 2 go on with
 
 
 def jobs_of(n: int) -> list[str]:
     found = [f"exact:{case}:{layout}" for case in CASES[n] for layout in LAYOUTS[n]]
+    found += [f"exact:dense:{layout}" for layout in WHOLE[n]]
     found += [f"{kind}:muon:{layout}" for layout in LAYOUTS[n] for kind in SINGLE[n]]
     found += [f"half:{case}:{first}" for case, first, _ in RESUMED[n] if first != "one"]
     found += [f"{kind}:noise:{layout}" for layout in LAYOUTS[n] for kind in ("exact", "half")]
     resumed = [(half(case, first), case, then) for case, first, then in RESUMED[n] if then != "one"]
     resumed += [(half("noise", layout), "noise", layout) for layout in LAYOUTS[n]]
-    return [*found, *map(":".join, resumed), "broken:adamw:ep"]
+    broken = [f"broken:adamw:{layout}" for layout in LAYOUTS[n] if layout != "ep of 2"]
+    fewer = [f"half:adamw:{FEWER[0]}"] if n == 4 else []
+    return [*found, *map(":".join, resumed), *broken, *fewer]
 
 
 def half(case: str, layout: str) -> str:
@@ -121,7 +126,7 @@ def folder(tmp_path_factory):
     torch.set_num_threads(1)
     cases.write_text(path / "text.txt")
     try:
-        for case in CASES[4]:
+        for case in (*CASES[4], "dense"):
             with cases.in_float64():
                 cases.train(cases.recipe(case), cases.folder_of(f"exact:{case}:one"))
         cases.train_half(cases.recipe("adamw"), "half-adamw-one")
@@ -143,6 +148,8 @@ def trained(request, folder, tmp_path_factory):
     for name in ("text.txt", "cache", "checkpoints"):
         subprocess.run(["cp", "-r", str(folder / name), str(path / name)], check=True)
     spawn(request.param, jobs_of(request.param), path)
+    if request.param == 4:
+        spawn(2, [f"{half('adamw', FEWER[0])}:adamw:{FEWER[1]}"], path)
     with pytest.MonkeyPatch.context() as patch, cases.in_float64():
         patch.chdir(path)
         for case, first, then in RESUMED[request.param]:
@@ -153,9 +160,9 @@ def trained(request, folder, tmp_path_factory):
 
 def test_in_float64_weights_and_optimizer_state_are_those_of_one_process(trained):
     path, n = trained
-    for case in CASES[n]:
+    for case in (*CASES[n], "dense"):
         one = checkpoint(path, f"exact:{case}:one")
-        for layout in LAYOUTS[n]:
+        for layout in WHOLE[n] if case == "dense" else LAYOUTS[n]:
             other = checkpoint(path, f"exact:{case}:{layout}")
             assert other["global_step"] == cases.STEPS
             assert distance(one["state_dict"], other["state_dict"]) <= 1e-9, (case, layout)
@@ -219,6 +226,16 @@ def test_what_one_layout_wrote_another_goes_on_with(trained):
         assert distance(*states) <= 1e-9, (case, first, then)
 
 
+@pytest.mark.parametrize("trained", [pytest.param(4, marks=pytest.mark.slow)], indirect=True)
+def test_fewer_processes_go_on_with_what_more_wrote(trained):
+    path, _ = trained
+    one, other = (checkpoint(path, f"{kind}:adamw:{FEWER[0]}") for kind in ("exact", "half"))
+    layout = other["nano_moe"]["recipe"]["trainer"]
+    assert (other["global_step"], layout["devices"], layout["strategy"]) == (20, 2, FEWER[1])
+    assert distance(one["state_dict"], other["state_dict"]) <= 1e-9
+    assert distance(*map(optimizer_state, (one, other))) <= 1e-9
+
+
 def test_noise_of_every_process_goes_on_where_it_stopped(trained):
     """Bit for bit, in the same layout."""
     path, n = trained
@@ -258,9 +275,10 @@ def test_in_bf16_losses_begin_as_those_of_one_process(trained):
 def test_gradients_that_one_process_breaks_stop_all_and_one_says_so(trained):
     """That each process raised what it must is asserted where they ran."""
     path, _ = trained
-    left = path / "checkpoints" / "broken-adamw-ep"
-    assert "gradient norm nan" in (left / "nonfinite.json").read_text()
-    assert checkpoint(path, left.name)["global_step"] == 0
+    for layout in ("ddp", "fsdp", "ep"):
+        left = path / "checkpoints" / f"broken-adamw-{layout}"
+        assert "gradient norm nan" in (left / "nonfinite.json").read_text(), layout
+        assert checkpoint(path, left.name)["global_step"] == 0, layout
 
 
 def test_one_process_reads_and_scores_what_any_layout_wrote(trained, monkeypatch):

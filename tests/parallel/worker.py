@@ -31,9 +31,10 @@ def broken(case: str, trainer: dict[str, Any], name: str) -> None:
     original = Decoder.training_step
 
     def training_step(self: Decoder, batch: torch.Tensor, batch_idx: int) -> dict[str, Any]:
+        output = original(self, batch, batch_idx)
         if self.global_step == 3 and ranks.rank() == ranks.count() - 1:
-            self.model.norm.weight.register_hook(lambda grad: grad * torch.nan)
-        return original(self, batch, batch_idx)
+            output["loss"].register_hook(lambda grad: grad * torch.nan)
+        return output
 
     Decoder.training_step = training_step
     try:

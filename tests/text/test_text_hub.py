@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -373,12 +374,25 @@ def test_faults_are_one_line_each(data, tmp_path):
     assert "holds no data" in of(dataset=str(tmp_path / "empty"))
     assert "no text in TinyTales" in of(take_bytes=1)
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "train.parquet").write_bytes(b"no parquet")
-    assert "cannot be read" in of(dataset=str(tmp_path / "bad"))
+    file = tmp_path / "bad" / "train.parquet"
+    file.write_bytes(b"no parquet")
+    assert f"{file}: not a readable parquet file" in of(dataset=str(file.parent))
+    write_rows(file, [])
+    assert f"{file}: holds no rows" in of(dataset=str(file.parent))
     with pytest.raises(ValueError, match="named twice"):
         DataConfig(files=("a",), hub={"dataset": "a/b"})
     with pytest.raises(ValueError, match="no regular expression"):
         DataConfig(hub={"dataset": "a/b", "document_start": "("})
+
+
+def test_a_damaged_file_among_whole_ones_is_named_once(folder, data, tmp_path, caplog, capfd):
+    shutil.copytree(folder, tmp_path / "copy")
+    file = sorted((tmp_path / "copy" / "data").glob("train*"))[1]
+    content = bytearray(file.read_bytes())
+    content[50:1500] = b"\xff" * 1450
+    file.write_bytes(content)
+    assert f"{file}: damaged (" in fault(of_hub(data, dataset=str(tmp_path / "copy")))
+    assert not caplog.records and "ERROR" not in capfd.readouterr().err
 
 
 def test_the_key_follows_what_is_taken(data, folder, tmp_path):

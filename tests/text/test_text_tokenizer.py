@@ -45,6 +45,13 @@ def test_round_trip(kind, text):
     assert all(0 <= i < tokenizer.n_vocab for i in ids)
 
 
+@pytest.mark.parametrize("kind", [*LOSSLESS, "char"])
+def test_every_character_of_unicode_comes_back(kind):
+    text = "".join(chr(n) for n in range(0x110000) if not 0xD800 <= n < 0xE000)
+    tokenizer = LOSSLESS.get(kind) or CharTokenizer.train([text])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 @settings(deadline=None)
 @given(st.lists(ANY_TEXT, max_size=5))
 def test_batch_equals_one_by_one(texts):
