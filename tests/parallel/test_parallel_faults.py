@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -386,6 +387,65 @@ def test_torchrun_starts_the_processes_too(place):
     assert [path.name for path in Path("checkpoints").iterdir()] == ["tiny-1"]
     assert step_of("tiny-1") == 3
     assert right.stdout.count("validation loss") == 1
+
+
+def finish_all(commands: list[list[str]], variables: list[dict[str, str]]) -> list[str]:
+    """What each of these processes, all begun at once, said once it was done."""
+    begun = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **own},
+        )
+        for command, own in zip(commands, variables, strict=True)
+    ]
+    try:
+        told = [process.communicate(timeout=120)[0] for process in begun]
+    finally:
+        for process in begun:
+            process.kill()
+    assert [process.returncode for process in begun] == [0] * len(begun), told
+    return told
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_nodes_of_torchrun_on_one_machine(place):
+    """The README's command, with an agent for each of two nodes of one process."""
+    port = free_port()
+    shared = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    ours = ["-m", "nano_moe", "train", "tiny.yaml", "trainer.nodes=2", "trainer.devices=1"]
+    ours += ["trainer.strategy=fsdp", "trainer.steps=3"]
+    nodes = [
+        [sys.executable, "-m", "torch.distributed.run", f"--node-rank={number}"]
+        + [*shared, f"--master-port={port}", *ours]
+        for number in range(2)
+    ]
+    told = finish_all(nodes, [{}, {}])
+    assert ["validation loss" in one for one in told] == [True, False]
+    assert [path.name for path in Path("checkpoints").iterdir()] == ["tiny-1"]
+    assert step_of("tiny-1") == 3
+
+
+@pytest.mark.slow
+def test_tasks_with_sruns_variables_are_one_training(place):
+    """As srun is said to set them; there is no SLURM here."""
+    shared = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1", "NODEID": "0", "STEP_ID": "0"}
+    shared |= {"JOB_ID": str(free_port()), "JOB_NAME": "train", "NODELIST": "localhost"}
+    tasks = [{**shared, "PROCID": str(n), "LOCALID": str(n)} for n in range(2)]
+    ours = [sys.executable, "-m", "nano_moe", "train", "tiny.yaml"]
+    ours += ["trainer.devices=2", "trainer.strategy=ddp", "trainer.steps=3"]
+    variables = [{f"SLURM_{name}": value for name, value in task.items()} for task in tasks]
+    told = finish_all([ours, ours], variables)
+    assert ["validation loss" in one for one in told] == [True, False]
+    assert step_of("tiny-1") == 3
 
 
 FAULTS = {
