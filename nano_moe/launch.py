@@ -82,8 +82,8 @@ def threads(n: int) -> int:
 class Watch(threading.Thread):
     """Looks after the other processes; where one fell and this one does not end, ends it.
 
-    And where a second signal asks for it: while the main thread waits for a process that hangs, no
-    handler of Python's runs.
+    And where Ctrl-C after another signal asks for it: while the main thread waits for a process
+    that hangs, no handler of Python's runs.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Watch(threading.Thread):
         return None
 
     def _hear(self) -> None:
-        """A second signal, or the first so long ago, and this process is still here."""
+        """Signals that were so long ago, and this process is still here."""
         if self.ear is None:
             return
         with contextlib.suppress(OSError):  # nothing is there, or this is the end
@@ -141,12 +141,12 @@ class Watch(threading.Thread):
         if time.monotonic() < self._patient_until:
             return
         self._patient_until = math.inf
-        if len(self._heard) > 1:
-            self.fault, self.status = INTERRUPTED, 128 + self._heard[-1]
+        last = signal.Signals(self._heard[-1])
+        if len(self._heard) > 1 and last == signal.SIGINT:
+            self.fault, self.status = INTERRUPTED, 128 + last
             self._end()
-        name = signal.Signals(self._heard[0]).name
-        told = f"{name}: the step is not at its end after {GRACE:g} seconds; a second one ends all"
-        _say(f"{told} at once, and {self.advice}")
+        told = f"{last.name}: the step is not at its end after {GRACE:g} seconds; one more Ctrl-C"
+        _say(f"{told} ends all at once, and {self.advice}")
 
     def _end(self) -> None:
         """This process hangs, perhaps in a message to the one that is gone."""

@@ -219,6 +219,7 @@ def test_every_recipe_survives_dump_and_load(lr, decay, prompt, files, seed):
         (3, ("vocab_size: 512", "vocab_size: 512\n  n_kv_heads: 3"), ["n_kv_heads=3", "n_heads=4"]),
         (8, ("d_ff: 96", "d_ff: 97"), ["model.moe.d_expert", "d_ff=97", "96 or 98"]),
         (14, ("steps: 20\n", ""), ["trainer.steps: missing"]),
+        (16, ("steps: 20", "steps: 20\n  devices: two"), ["trainer.devices: ", "or auto", '"two"']),
     ],
 )
 def test_a_fault_is_one_line_with_file_line_field_and_remedy(line, change, parts):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nano_moe.config.section import FieldFault, Section
 
@@ -104,6 +105,15 @@ class TrainerConfig(Section):
     )
     log_every: int = Field(default=10, ge=1, le=2**31, description="steps between rows of metrics")
     sample_prompt: str = Field(default="The", description="continued once at the end of training")
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _whole_or_auto(cls, value: object) -> object:
+        """Else a wrong one would be two faults, one for each kind."""
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int)):
+            given = json.dumps(value, default=str)[:80]
+            raise ValueError(f"must be a whole number or auto, not {given}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> TrainerConfig:
