@@ -51,27 +51,28 @@ def count_started() -> int:
     return int(os.environ["SLURM_NTASKS"]) if under_slurm() else 1
 
 
-def check_count(recipe: Recipe, n: int | None = None) -> None:
+def check_count(recipe: Recipe, devices: int | None = None) -> None:
     """Raises UserError where torchrun or srun, or their absence, are not what a recipe asks for.
 
-    `n` processes, None where the recipe leaves them to what the nodes have.
+    `devices` of a node, once it is known what `auto` stands for.
     """
     trainer, there = recipe.trainer, count_started()
-    if n is None and trainer.is_parallel:
-        n = None if trainer.devices == "auto" else trainer.devices * trainer.nodes
-    elif n is None:
-        n = 1
+    devices = devices or (None if trainer.devices == "auto" else trainer.devices)
     if trainer.nodes > 1 and there == 1:
         raise UserError(
             f"trainer.nodes: {trainer.nodes} nodes need torchrun or srun, which start the "
             "processes of each: nano_moe/training/README.md has the commands"
         )
-    started = "RANK" in os.environ or under_slurm()
-    if n is not None and started and there != n:
+    if devices is not None and _is_started() and there != devices * trainer.nodes:
         raise UserError(
             f"trainer.devices: {there} processes were started, and trainer.devices times "
-            f"trainer.nodes is {n}; make them equal"
+            f"trainer.nodes is {devices * trainer.nodes}; make them equal"
         )
+
+
+def _is_started() -> bool:
+    """Whether torchrun, srun or a first process of ours made this one."""
+    return "RANK" in os.environ or under_slurm()
 
 
 def threads(n: int) -> int:
@@ -175,7 +176,7 @@ def others(n: int, arguments: Sequence[str]) -> Iterator[Watch]:
     Started neither where torchrun or srun made them nor in one that was started here.
     """
     before = dict(os.environ)
-    outside = "RANK" in before or under_slurm()
+    outside = _is_started()
     if not outside:
         os.environ.update(_variables(n))
     started = [] if outside else [_start(number, n, arguments) for number in range(1, n)]

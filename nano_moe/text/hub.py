@@ -71,8 +71,6 @@ def _content(folder: Path) -> str:
             raise UserError(
                 f"{path}: cannot be read ({error.strerror}); check its permissions"
             ) from error
-        if path.suffix == ".parquet":
-            _check_parquet(path)
         digest.update(f"{'/'.join(parts)} {content}\n".encode("utf-8", "surrogatepass"))
         empty = empty and path.suffix in (".md", ".yaml")
     if empty:
@@ -83,33 +81,29 @@ def _content(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_parquet(path: Path) -> None:
-    """Raises UserError where the file is none, cut short or empty, which the library takes ill."""
+def _fault_of_a_file(folder: Path, error: Exception) -> str | None:
+    """What is wrong with the first parquet file that cannot be read; the library names none.
+
+    Only an error in reading is worth reading all of them again.
+    """
     from pyarrow import ArrowException
-    from pyarrow.parquet import read_metadata
+    from pyarrow.parquet import ParquetFile, read_metadata
 
-    try:
-        n_rows = read_metadata(path).num_rows
-    except (ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: not a readable parquet file ({_first_line(error)}); fetch it again"
-        ) from error
-    if n_rows == 0:
-        raise UserError(f"{path}: holds no rows; take it out of the folder")
-
-
-def _first_damaged(folder: Path) -> Path | None:
-    """The first parquet file whose pages cannot be read; the library names none."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    for path in sorted(folder.rglob("*.parquet")):
+    paths = sorted(folder.rglob("*.parquet"))
+    for path in paths:
+        try:
+            n_rows = read_metadata(path).num_rows
+        except (ArrowException, OSError) as fault:
+            return f"{path}: not a readable parquet file ({_first_line(fault)}); fetch it again"
+        if n_rows == 0:
+            return f"{path}: holds no rows; take it out of the folder"
+    for path in paths if isinstance(error, ArrowException | OSError) else ():
         try:
             with ParquetFile(path) as file:
                 for _ in file.iter_batches():
                     pass
-        except (ArrowException, OSError):
-            return path
+        except (ArrowException, OSError) as fault:
+            return f"{path}: damaged ({_first_line(fault)}); fetch it again"
     return None
 
 
@@ -214,9 +208,10 @@ class Stream:
                 reason = _first_line(error)
                 if self.found.folder is None and _is_network(error):
                     raise _unreachable(self.found.hub, reason) from error
-                torn = None if self.found.folder is None else _first_damaged(self.found.folder)
-                if torn is not None:
-                    raise UserError(f"{torn}: damaged ({reason}); fetch it again") from error
+                folder = self.found.folder
+                fault = None if folder is None else _fault_of_a_file(folder, error)
+                if fault is not None:
+                    raise UserError(fault) from error
                 hint = "check dataset, config, split and column under data.hub"
                 if self.found.folder is not None and self.found.hub.config is not None:
                     hint += "; a folder of one configuration alone: data.hub.config=null"

@@ -124,7 +124,7 @@ def environment() -> ClusterEnvironment:
 
 
 def _connect(recipe: Recipe, n: int) -> None:
-    launch.check_count(recipe, n)
+    launch.check_count(recipe, choose_devices(recipe))
     if launch.under_slurm():
         _check_slurm(choose_devices(recipe), recipe.trainer.nodes)
         slurm = environment()

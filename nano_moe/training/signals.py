@@ -11,6 +11,7 @@ from types import FrameType
 import lightning as L
 
 from nano_moe import ranks
+from nano_moe.launch import STOPS
 
 
 class StopSignal(L.Callback):
@@ -35,7 +36,7 @@ class StopSignal(L.Callback):
         At the end, however it comes, the trainer puts back what it found before both.
         """
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in STOPS:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                     signal.signal(number, self._handle)
 

@@ -306,3 +306,11 @@ def test_a_sparse_run_starts_from_a_dense_one(shop):
     assert on["ce"] == pytest.approx(dense["ce"], abs=1e-3)
     _, out, _ = shop.run("compare", "dense", "on")
     assert "on starts from the weights of dense, whose" in out and "are not counted" in out
+
+
+def test_what_is_not_shared_out_is_said(shop):
+    fsdp = "trainer.strategy=fsdp"
+    assert "of one process that holds it all" in shop.run("count", "tiny.yaml", fsdp)[1]
+    assert "of one process that holds it all" not in shop.run("count", "tiny.yaml")[1]
+    err = shop.run("train", "tiny.yaml", fsdp, "trainer.steps=1", "optim.warmup_steps=0")[2]
+    assert "trainer.strategy: fsdp on one process keeps all of the model there" in err
