@@ -168,8 +168,8 @@ def _lost(error: RuntimeError, watch: launch.Watch) -> BaseException:
     if fault is None and not dist.is_initialized():
         return _absent(error)
     if fault is None:
-        there = _roll_call()
-        fault = _silent(there, str(error).splitlines()[0][:120])
+        there = _roll_call(str(error).splitlines()[0][:120])
+        fault = _silent(there)
         speaks = ranks.rank() == min(there)
         if not speaks:
             time.sleep(ROLL)  # else our end would be taken for the fault
@@ -180,29 +180,38 @@ def _lost(error: RuntimeError, watch: launch.Watch) -> BaseException:
     return (UserError if speaks else SaidElsewhere)(f"{fault}; {watch.advice}")
 
 
-def _roll_call() -> set[int]:
-    """The processes that miss another one, as this one does; none of them is the one that hangs."""
+def _roll_call(reason: str) -> dict[int, str]:
+    """What is told by each process that misses another one; none of them is the one that hangs."""
     store = dist.distributed_c10d._get_default_store()
-    there = {ranks.rank()}
+    told: dict[int, str] = {}
 
     def call() -> None:
-        store.set(f"there/{ranks.rank()}", "")
-        time.sleep(ROLL)
-        there.update(n for n in range(ranks.count()) if store.check([f"there/{n}"]))
+        with contextlib.suppress(dist.DistError):  # process 0, which keeps the store, has ended
+            store.set(f"missed/{ranks.rank()}", reason)
+            time.sleep(ROLL)
+            for n in range(ranks.count()):
+                if store.check([f"missed/{n}"]):
+                    told[n] = store.get(f"missed/{n}").decode()
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(2 * ROLL)  # process 0 keeps the store, and may be the one that is missed
-    return there if not thread.is_alive() else set(range(1, ranks.count()))
+    thread.join(2 * ROLL)
+    if thread.is_alive():
+        reason = "Timed out asking process 0 who is there"
+    return told or dict.fromkeys(range(1, ranks.count()), reason)
 
 
-def _silent(there: set[int], reason: str) -> str:
-    """Of processes in touch, none of which is known to have ended."""
-    missed = sorted(set(range(ranks.count())) - there)
+def _silent(there: dict[int, str]) -> str:
+    """Of processes in touch, none of which is known to have ended.
+
+    The first to time out closes its connections, which the others take for the fault.
+    """
+    missed = sorted(set(range(ranks.count())) - set(there))
     who = f"process {', '.join(map(str, missed))} of {ranks.count()}" if missed else "a process"
-    if "imed out" not in reason and "imeout" not in reason:
-        return f"{who} cannot be reached ({reason})"
-    return f"{who} has been silent for {_minutes()} and may hang ({reason})"
+    for reason in there.values():
+        if "imed out" in reason or "imeout" in reason:
+            return f"{who} has been silent for {_minutes()} and may hang ({reason})"
+    return f"{who} cannot be reached ({there[ranks.rank()]})"
 
 
 def _absent(error: RuntimeError) -> UserError:

@@ -33,8 +33,10 @@ class StopSignal(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Installed here because the trainer installs its own handlers just before.
 
-        At the end, however it comes, the trainer puts back what it found before both.
+        At the end, however it comes, the trainer puts back what it found before both. What it asks
+        the first process before each step is not asked: it would hide that a connection is lost.
         """
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
         if threading.current_thread() is threading.main_thread():
             for number in STOPS:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -51,3 +53,7 @@ class StopSignal(L.Callback):
         except OSError:  # nobody is there: what else is said must not end the training
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _nothing() -> None:
+    """In place of the trainer's own agreement on SIGTERM; ours is `agreed`."""
