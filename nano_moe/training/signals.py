@@ -25,10 +25,14 @@ class StopSignal(L.Callback):
         return self.signal is not None
 
     def agreed(self) -> bool:
-        """Whether any process of the training received one; collective."""
+        """Whether any process of the training received one; collective.
+
+        One that is received meanwhile counts at the next step.
+        """
         number = ranks.largest(self.signal or 0)
-        self.signal = signal.Signals(number) if number else None
-        return self.received
+        if number:
+            self.signal = signal.Signals(number)
+        return number != 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Installed here because the trainer installs its own handlers just before.

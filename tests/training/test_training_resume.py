@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nano_moe import files
+from nano_moe import files, ranks
 from nano_moe.errors import UserError
-from nano_moe.training import module
+from nano_moe.training import module, signals
+from nano_moe.training.checkpoint import SaveLast
 from nano_moe.training.module import Decoder
 
 
@@ -171,6 +172,23 @@ def test_a_training_leaves_the_signal_handlers_as_it_found_them(workshop, end):
     with contextlib.suppress(ZeroDivisionError):
         workshop.train(workshop.recipe(trainer__steps=3))
     assert [signal.getsignal(number) for number in ours] == before
+
+
+def test_a_signal_while_processes_agree_to_go_on_stops_the_next_step(workshop, monkeypatch):
+    """Most of a step may be spent waiting for others there."""
+    largest, asked = ranks.largest, []
+
+    def interrupted(number):
+        asked.append(number)
+        agreed = largest(number)
+        if len(asked) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agreed
+
+    monkeypatch.setattr(signals.ranks, "largest", interrupted)
+    monkeypatch.setattr(SaveLast, "_save", lambda *arguments: None)  # asks, too
+    _, result = workshop.train(workshop.recipe("dense", trainer__steps=12), "signalled")
+    assert (result.step, result.stopped_by) == (6, "SIGTERM")
 
 
 def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(workshop):
