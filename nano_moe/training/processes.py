@@ -198,7 +198,7 @@ def _roll_call(reason: str) -> dict[int, str]:
     thread.join(2 * ROLL)
     if thread.is_alive():
         reason = "Timed out asking process 0 who is there"
-    return told or dict.fromkeys(range(1, ranks.count()), reason)
+    return dict(told) or dict.fromkeys(range(1, ranks.count()), reason)
 
 
 def _silent(there: dict[int, str]) -> str:
@@ -211,7 +211,7 @@ def _silent(there: dict[int, str]) -> str:
     for reason in there.values():
         if "imed out" in reason or "imeout" in reason:
             return f"{who} has been silent for {_minutes()} and may hang ({reason})"
-    return f"{who} cannot be reached ({there[ranks.rank()]})"
+    return f"{who} cannot be reached ({next(iter(there.values()))})"
 
 
 def _absent(error: RuntimeError) -> UserError:
