@@ -24,7 +24,7 @@ settings.register_profile("nano_moe", deadline=None, derandomize=True)
 settings.load_profile("nano_moe")
 
 
-LONGEST = "test_char.py"  # a third of what `make test-all` takes
+LONGEST = "test_char.py"  # takes half as long as all of `make test-all`
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
